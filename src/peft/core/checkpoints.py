@@ -1,0 +1,312 @@
+"""Checkpoints: an adapter's tensors out of a model and into it, by the keys that its file uses."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .activation import configs_of
+from .errors import PeftError, doubt, shorten
+from .injection import bias_parameters
+from .layer import AdapterLayer, BaseTunerLayer, adapted_modules, require_adapters
+from .targets import EMBEDDING_NAMES
+
+PREFIX = "base_model.model."
+
+
+@dataclass
+class LoadResult:
+    """What became of the keys of a file.
+
+    Args:
+        missing_keys: Keys of the adapter that the file lacks; their parameters keep their start values.
+        unexpected_keys: Keys of the file that the model has no place for.
+        mismatched_keys: Keys whose shapes differ, where that was allowed.
+    """
+
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    mismatched_keys: list[str] = field(default_factory=list)
+
+
+def file_prefix(name: str) -> str:
+    """Name of an adapted module in files: layers of other methods around it leave no trace."""
+    return re.sub(r"(\.base_layer)+$", "", name)
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Key in the file, key in the model, and tensor of each tensor of an adapter, base biases that it trains included."""
+    config = configs_of(model).get(adapter_name)
+    for name, layer in adapted_modules(model):
+        for file_key, own_key, tensor in layer.adapter_tensors(adapter_name):
+            if name:
+                yield f"{file_prefix(name)}.{file_key}", f"{name}.{own_key}", tensor
+            else:
+                yield file_key, own_key, tensor
+    for name, parameter in bias_parameters(model, config, adapter_name).items():
+        yield name, name, parameter
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by the keys of its file.
+
+    Args:
+        model: The model.
+        state_dict: Take the tensors from here (gathered from many processes, for example), by their keys in the model.
+        adapter_name: The adapter.
+        unwrap_compiled: Look into a model made by ``torch.compile``.
+        save_embedding_layers: Add the embeddings of the base model; ``"auto"``: where they are adapted or were resized.
+
+    Returns:
+        Tensors by file key; not copied.
+
+    Raises:
+        ValueError: Unknown adapter.
+        PeftError: ``state_dict`` lacks tensors of the adapter. A partial adapter is never returned.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    require_adapters(model, adapter_name, configs_of(model))
+    result: dict[str, torch.Tensor] = {}
+    lacking = []
+    for file_key, own_key, tensor in adapter_tensors(model, adapter_name):
+        if state_dict is None:
+            result[file_key] = tensor
+        elif own_key in state_dict:
+            result[file_key] = state_dict[own_key]
+        else:
+            lacking.append(own_key)
+    if lacking:
+        raise PeftError(
+            f"The state dict given lacks {len(lacking)} tensors of adapter {adapter_name!r}: {shorten(lacking)}. "
+            "Pass the full state dict of this very model, gathered from all processes."
+        )
+    if wants_embeddings(model, adapter_name, save_embedding_layers):
+        source = model.state_dict() if state_dict is None else state_dict
+        for name in embedding_weights(model):
+            if name in source:
+                result[name] = source[name]
+    return result
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Write an adapter's tensors into a model.
+
+    Parameters on the meta device are replaced by the tensors given; others are written in place, so that optimisers stay valid.
+
+    Args:
+        model: The model, with the adapter in it.
+        peft_model_state_dict: Tensors by file key; the prefixes ``base_model.model.``, ``base_model.`` and none are accepted.
+        adapter_name: The adapter.
+        ignore_mismatched_sizes: Leave tensors of other shapes out, instead of raising.
+        low_cpu_mem_usage: Accepted for compatibility; it is always so.
+
+    Returns:
+        Missing, unexpected and mismatched keys.
+
+    Raises:
+        ValueError: Unknown adapter, or shapes differ. The model is as it was.
+    """
+    require_adapters(model, adapter_name, configs_of(model))
+    places = {file_key: own_key for file_key, own_key, _ in adapter_tensors(model, adapter_name)}
+    base_weights = {n: n for n in embedding_weights(model)}
+    result = LoadResult()
+    assignments: list[tuple[str, torch.Tensor]] = []
+    problems = []
+    found = set()
+    for key, tensor in peft_model_state_dict.items():
+        file_key = _placed(key, places) or _placed(key, base_weights)
+        if file_key is None:
+            result.unexpected_keys.append(key)
+            continue
+        found.add(file_key)
+        own_key = places.get(file_key, file_key)
+        current = _tensor(model, own_key)
+        if current.shape != tensor.shape:
+            problems.append(f"{key}: the file has {tuple(tensor.shape)}, the model {tuple(current.shape)}")
+            result.mismatched_keys.append(key)
+        else:
+            assignments.append((own_key, tensor))
+    if problems and not ignore_mismatched_sizes:
+        raise ValueError(
+            f"Tensors of adapter {adapter_name!r} do not fit the model ({len(problems)}): {'; '.join(problems[:4])}. The adapter "
+            "was made for another base model, another rank or another number of labels."
+        )
+    result.missing_keys = [k for k in places if k not in found]
+    for own_key, tensor in assignments:
+        _assign(model, own_key, tensor)
+    _materialise(model, adapter_name)
+    return result
+
+
+def report(result: LoadResult, adapter_name: str, source: str) -> None:
+    """Say which keys were not used or not found.
+
+    Raises:
+        ValueError: When strict.
+    """
+    if result.missing_keys:
+        doubt(
+            f"{source} lacks {len(result.missing_keys)} tensors of adapter {adapter_name!r}: {shorten(result.missing_keys, 4)}. "
+            "They keep their start values. Is the file complete, and the base model the right one? (Found missing adapter keys "
+            "while loading the checkpoint.)"
+        )
+    if result.unexpected_keys:
+        doubt(
+            f"{source} holds {len(result.unexpected_keys)} tensors that the model has no place for: "
+            f"{shorten(result.unexpected_keys, 4)}. They are not used. Is the base model the right one?"
+        )
+
+
+# -- embeddings of the base model ------------------------------------------------------------------------------------
+
+
+def embedding_weights(model: nn.Module) -> list[str]:
+    """Names in the model of the input and output embeddings' weights, those trained in full by an adapter left out."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    wanted = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layer = getattr(base, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(layer, AdapterLayer):
+            layer = layer.get_base_layer()
+        if layer is not None and not isinstance(layer, BaseTunerLayer):
+            wanted.add(id(layer))
+    if not wanted:
+        return []
+    return [f"{n}.weight" for n, m in model.named_modules() if id(m) in wanted and "modules_to_save" not in n.split(".")]
+
+
+def wants_embeddings(model: nn.Module, adapter_name: str, choice: bool | Literal["auto"]) -> bool:
+    """Whether the base model's embeddings belong into the adapter's file."""
+    if choice != "auto":
+        return bool(choice)
+    config = configs_of(model)[adapter_name]
+    targets = getattr(config, "target_modules", None)
+    if targets and not isinstance(targets, str) and any(t.rsplit(".", 1)[-1] in EMBEDDING_NAMES for t in targets):
+        return True
+    base_config = getattr(getattr(model, "get_base_model", lambda: model)(), "config", None)
+    vocab, path = getattr(base_config, "vocab_size", None), getattr(config, "base_model_name_or_path", None)
+    if vocab is None or not path or not embedding_weights(model):
+        return False
+    original = _vocab_size_on_disk(path)
+    return original is not None and original != vocab
+
+
+def _vocab_size_on_disk(path: str) -> int | None:
+    """Vocabulary size of a base model as published; ``None`` where that cannot be told without a download."""
+    import json
+
+    file = os.path.join(path, "config.json")
+    if not os.path.isdir(path):
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(path, "config.json")
+        except HFValidationError:
+            return None
+        file = cached if isinstance(cached, str) else ""
+    if not os.path.isfile(file):
+        return None
+    with open(file, encoding="utf-8") as stream:
+        values = json.load(stream)
+    return values.get("vocab_size") or values.get("text_config", {}).get("vocab_size")
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _placed(key: str, places: Mapping[str, str]) -> str | None:
+    """The key by which the model knows a key of a file, or ``None``."""
+    bare = key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
+    for candidate in (key, bare, PREFIX + key, PREFIX + bare):
+        if candidate in places:
+            return candidate
+    # A base layer's own tensors change their name when another adapter wraps the layer.
+    for candidate in (bare, PREFIX + bare):
+        stem, _, leaf = candidate.rpartition(".")
+        twin = f"{stem.removesuffix('.base_layer')}.{leaf}" if stem.endswith(".base_layer") else f"{stem}.base_layer.{leaf}"
+        if twin in places:
+            return twin
+    return None
+
+
+def _holder(model: nn.Module, own_key: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = own_key.rpartition(".")
+    return model.get_submodule(parent), leaf
+
+
+def _tensor(model: nn.Module, own_key: str) -> torch.Tensor:
+    module, leaf = _holder(model, own_key)
+    return getattr(module, leaf)
+
+
+def _assign(model: nn.Module, own_key: str, tensor: torch.Tensor) -> None:
+    module, leaf = _holder(model, own_key)
+    current = getattr(module, leaf)
+    if current.device.type != "meta":
+        with torch.no_grad():
+            current.copy_(tensor)
+        return
+    owner = _owner(model, own_key)
+    device = owner.device_and_dtype()[0] if isinstance(owner, AdapterLayer) else _real_device(owner)
+    value = tensor.detach().to(device=device, dtype=current.dtype)
+    if isinstance(current, nn.Parameter):
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=current.requires_grad))
+    else:
+        module.register_buffer(leaf, value)
+
+
+def _owner(model: nn.Module, own_key: str) -> nn.Module:
+    """The adapted module that a tensor of an adapter belongs to."""
+    module = owner = model
+    for part in own_key.split(".")[:-1]:
+        module = module._modules[part]  # type: ignore[assignment]
+        if isinstance(module, BaseTunerLayer):
+            owner = module
+    return owner
+
+
+def _real_device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def _materialise(model: nn.Module, adapter_name: str) -> None:
+    """Give parameters that are still on the meta device their start values."""
+    config = configs_of(model)[adapter_name]
+    for name, layer in adapted_modules(model):
+        if not any(t.device.type == "meta" for _, _, t in layer.adapter_tensors(adapter_name)):
+            continue
+        if isinstance(layer, AdapterLayer):
+            if layer.device_and_dtype()[0].type == "meta":
+                continue  # the base model itself has no weights yet
+            target = file_prefix(name).removeprefix(PREFIX)
+            for slot, tensor in layer.build(config, target).tensors.items():
+                own_key = f"{slot}.{adapter_name}" + (".weight" if slot in layer.linear_slots else "")
+                if _tensor(layer, own_key).device.type == "meta":
+                    _assign(layer, own_key, tensor)
+        else:
+            for key, own_key, tensor in list(layer.adapter_tensors(adapter_name)):
+                if tensor.device.type == "meta":
+                    _assign(layer, own_key, _tensor(layer.get_base_layer(), key).detach().clone())

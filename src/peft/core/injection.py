@@ -1,0 +1,307 @@
+"""Injection: putting an adapter into a base model. Everything is checked and built first; only then is the model changed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import NoMatchingPeftModuleError, PeftError, doubt, shorten
+from .extra_modules import ModulesToSaveWrapper, find_modules_to_save, fit_head, is_fresh
+from .layer import HALF, AdapterLayer, BaseTunerLayer, Parts, Shared, adapted_modules, shared_of
+from .targets import (
+    ALL_LINEAR,
+    HEAD_NAMES,
+    base_modules,
+    check_supported,
+    find_targets,
+    resolve_defaults,
+    shortest_names,
+)
+
+if TYPE_CHECKING:
+    from .tuner import BaseTuner
+
+logger = logging.getLogger("peft")
+
+
+@dataclass
+class _Placement:
+    """One adapter on one layer, ready to be put in place."""
+
+    name: str
+    layer: AdapterLayer
+    is_new: bool
+    parts: Parts
+
+
+def inject(
+    model: nn.Module,
+    config: Any,
+    adapter_name: str,
+    tuner_cls: type[BaseTuner],
+    *,
+    on_meta: bool = False,
+    state_dict: Mapping[str, Any] | None = None,
+) -> None:
+    """Put a new adapter into a base model, in place.
+
+    The first adapter of a model freezes the base model, becomes active and trains (unless ``config.inference_mode``); any further
+    one is inactive and frozen, and changes nothing else.
+
+    Args:
+        model: The base model.
+        config: The adapter's configuration. Its ``target_modules`` are filled in where the model's defaults are used.
+        adapter_name: Name of the new adapter.
+        tuner_cls: The method.
+        on_meta: Make the parameters on the meta device, to be assigned from a file.
+        state_dict: Tensors of the adapter: the layers that these name are adapted, whatever the configuration says.
+
+    Raises:
+        ValueError: The name is taken or unsuitable, or the configuration does not suit the model. The model is as it was.
+    """
+    known: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    check_adapter_name(adapter_name, known)
+    tuner_cls.check_config(config, model)
+    first = not any(True for _ in adapted_modules(model))
+    shared = shared_of(model) or Shared()
+
+    heads = find_modules_to_save(model, list(config.modules_to_save)) if getattr(config, "modules_to_save", None) else {}
+    if state_dict is None:
+        targets = resolve_defaults(config, model, tuner_cls.default_role)
+        places = find_targets(model, config, targets)
+    else:
+        places, targets = _places_of_state_dict(model, tuner_cls, state_dict), config.target_modules
+    places = _outside_heads(places, heads)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = shortest_names(places, base_modules(model))
+    placements = _build(model, config, tuner_cls, places, on_meta)
+    _check_bias(config, known)
+    fit_head(model, config, heads)
+    copies = {name: _copy(module, on_meta) for name, module in heads.items()}
+
+    # From here on nothing fails.
+    config.target_modules = targets
+    active = next((m.active_adapters for _, m in adapted_modules(model)), [adapter_name])
+    for place in placements:
+        if place.is_new:
+            _replace(model, place.name, place.layer)
+        _join(place.layer, shared, active)
+        place.layer.install(adapter_name, place.parts)
+    for name, module in heads.items():
+        wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
+        if wrapper is not module:
+            wrapper.training = module.training
+            _replace(model, name, wrapper)
+        _join(wrapper, shared, active)
+        wrapper.install(adapter_name, copies[name])
+    if first:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for _, layer in adapted_modules(model):
+            layer.set_adapter(adapter_name, inference_mode=config.inference_mode)
+    if not config.inference_mode:
+        _train_biases(model, config, adapter_name)
+    known[adapter_name] = config
+    model.peft_config = known  # type: ignore[assignment]
+    _warn_frozen_head(model, config, heads)
+
+
+def check_adapter_name(name: str, known: Mapping[str, Any]) -> None:
+    """Refuse names that are taken or cannot be part of a key or a path.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"An adapter's name is a non-empty string without '.', '/' and '\\', got {name!r}.")
+    if name == "__base__":
+        raise ValueError("The adapter name '__base__' stands for the plain model in mixed batches; choose another.")
+    if name in known:
+        raise ValueError(f"Adapter {name!r} already exists. Delete it first with delete_adapter({name!r}), or choose another name.")
+    for holder in (nn.ModuleDict(), nn.ParameterDict()):
+        if hasattr(holder, name):
+            raise ValueError(f"The adapter name {name!r} is an attribute of torch's {type(holder).__name__}; choose another.")
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Keep an adapter's half-precision parameters in float32, which trains stably.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+        autocast_adapter_dtype: Do nothing when false.
+    """
+    if not autocast_adapter_dtype:
+        return
+    for _, layer in adapted_modules(model):
+        if isinstance(layer, AdapterLayer):
+            for parameter in layer.adapter_parameters(adapter_name):
+                if parameter.dtype in HALF:
+                    parameter.data = parameter.data.float()
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    model: nn.Module, config: Any, tuner_cls: type[BaseTuner], places: dict[str, nn.Module], on_meta: bool
+) -> list[_Placement]:
+    placements = []
+    for name, module in places.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        check_supported(name, module, parent)
+        layer = _layer_on(module, tuner_cls.layer_cls)
+        is_new = layer is None
+        try:
+            if layer is None:
+                layer = tuner_cls.make_layer(module, config)
+                layer.training = module.training
+            if layer.why_no_merge is None and layer.merged:
+                raise PeftError("other adapters are merged into it; call unmerge_adapter() first")
+            parts = layer.build(config, name, "meta" if on_meta else None)
+        except (ValueError, NotImplementedError, PeftError) as error:
+            raise type(error)(f"Cannot adapt {name!r}: {error}") from error
+        placements.append(_Placement(name, layer, is_new, parts))
+    return placements
+
+
+def _layer_on(module: nn.Module, layer_cls: type[AdapterLayer]) -> AdapterLayer | None:
+    """The layer of this method among those that wrap one another at a place."""
+    while isinstance(module, BaseTunerLayer):
+        if isinstance(module, layer_cls):
+            return module
+        module = module._modules.get("base_layer")  # type: ignore[assignment]
+    return None
+
+
+def _join(layer: BaseTunerLayer, shared: Shared, active: list[str]) -> None:
+    if layer._shared is not shared:
+        layer._shared = shared
+        layer._active_adapter = list(active)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = getattr(parent, child)
+    if isinstance(parent, (nn.ModuleList, nn.Sequential)):
+        parent[int(child)] = module
+    else:
+        setattr(parent, child, module)
+    hook = getattr(old, "_hf_hook", None)
+    if hook is not None and isinstance(module, AdapterLayer):  # accelerate's device hooks stay with the base layer
+        logger.debug("%s keeps its accelerate hook on the base layer.", name)
+
+
+def _outside_heads(places: dict[str, nn.Module], heads: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    inside = [n for n in places if any(n == h or n.startswith(f"{h}.") for h in heads)]
+    if not inside:
+        return places
+    if len(inside) == len(places):
+        raise NoMatchingPeftModuleError(
+            f"All target modules ({shorten(inside)}) lie inside modules_to_save ({shorten(heads)}), which are trained in full."
+        )
+    doubt(f"Target modules {shorten(inside)} lie inside modules_to_save, which are trained in full; they get no adapter of their own.")
+    return {n: m for n, m in places.items() if n not in inside}
+
+
+def _copy(module: nn.Module, on_meta: bool) -> nn.Module:
+    """A copy of a module to save; on meta its parameters are shapes only."""
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.original_module
+    memo: dict[int, Any] = {}
+    if on_meta:
+        memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+    hooks = module.__dict__.get("_hf_hook")
+    twin = copy.deepcopy(module, memo)
+    if hooks is not None:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(twin)
+    return twin
+
+
+def _places_of_state_dict(
+    model: nn.Module, tuner_cls: type[BaseTuner], state_dict: Mapping[str, Any]
+) -> dict[str, nn.Module]:
+    modules = base_modules(model)
+    slots = "|".join(re.escape(s) for s in tuner_cls.layer_cls.adapter_layer_names)
+    names = {re.sub(rf"\.({slots})(\..*)?$", "", k) for k in state_dict if re.search(rf"\.({slots})(\.|$)", k)}
+    names = {n if n in modules else n.removeprefix("base_model.model.") for n in names}
+    unknown = sorted(n for n in names if n not in modules)
+    if unknown:
+        raise ValueError(f"The state dict adapts modules that the model does not have: {shorten(unknown)}.")
+    if not names:
+        raise ValueError(f"The state dict holds no tensors of this method: none of its keys names {slots.replace('|', ', ')}.")
+    return {n: m for n, m in modules.items() if n in names}
+
+
+def _check_bias(config: Any, known: Mapping[str, Any]) -> None:
+    bias = getattr(config, "bias", "none")
+    others = [n for n, c in known.items() if getattr(c, "bias", "none") != "none"]
+    if bias != "none" and others:
+        raise ValueError(
+            f"Only one adapter of a model can train biases, since they belong to the base model, but {shorten(others)} "
+            f"already does and the new one has bias={bias!r}. Use bias='none'."
+        )
+
+
+def bias_parameters(model: nn.Module, config: Any, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The base model's biases that an adapter trains, by their name in the model."""
+    bias = getattr(config, "bias", "none")
+    if bias == "none":
+        return {}
+    if bias == "all":
+        slots = _adapter_parameter_ids(model)
+        return {n: p for n, p in model.named_parameters() if n.rsplit(".", 1)[-1] == "bias" and id(p) not in slots}
+    found = {}
+    for name, layer in adapted_modules(model):
+        if isinstance(layer, AdapterLayer) and layer.has_adapter(adapter_name):
+            base_bias = getattr(layer.get_base_layer(), "bias", None)
+            if isinstance(base_bias, nn.Parameter):
+                found[f"{name}.base_layer.bias"] = base_bias
+    return found
+
+
+def _adapter_parameter_ids(model: nn.Module) -> set[int]:
+    """Parameters of adapters and extra trained modules (and the originals that the latter replace)."""
+    ids: set[int] = set()
+    for _, layer in adapted_modules(model):
+        for name in layer.adapter_names():
+            ids |= {id(p) for p in layer.adapter_parameters(name)}
+        if isinstance(layer, ModulesToSaveWrapper):
+            ids |= {id(p) for p in layer.original_module.parameters()}
+    return ids
+
+
+def _train_biases(model: nn.Module, config: Any, adapter_name: str) -> None:
+    for parameter in bias_parameters(model, config, adapter_name).values():
+        parameter.requires_grad_(True)
+
+
+def _warn_frozen_head(model: nn.Module, config: Any, heads: dict[str, nn.Module]) -> None:
+    name = type(model).__name__
+    if config.inference_mode or not name.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        return
+    for head_name in HEAD_NAMES:
+        head = getattr(model, head_name, None)
+        # A head that nobody has trained gives random outputs for ever; a trained one may rightly stay as it is.
+        if isinstance(head, nn.Module) and head_name not in heads and is_fresh(head) and not _has_adapter(head):
+            if not any(getattr(p, "_is_hf_initialized", False) for p in model.parameters()):
+                return  # built from a config, not loaded: everything is fresh, and so probably a test
+            task = "SEQ_CLS" if name.endswith("ForSequenceClassification") else "TOKEN_CLS"
+            doubt(
+                f"The head {head_name!r} of this {name} is newly initialised and stays frozen, so its outputs are random. "
+                f"Give the configuration task_type={task!r} or modules_to_save=[{head_name!r}]."
+            )
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return any(True for _ in adapted_modules(module))

@@ -1,0 +1,187 @@
+"""Kinds of layers: how the engine reads the weight of a layer and applies another weight in the same geometry.
+
+Every kind presents its layer as a matrix of shape ``(out_features, in_features)``, whatever the layer's own layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class LayerKind:
+    """How one kind of layer is seen. Subclass and pass to :func:`register_kind` to support more kinds."""
+
+    name = ""
+    takes_indices = False
+    """Whether the layer's input is a tensor of indices, which can be neither scaled nor dropped out."""
+
+    def matches(self, layer: nn.Module) -> bool:
+        """Whether the layer is of this kind."""
+        raise NotImplementedError
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        """``(out_features, in_features)`` of the weight as a matrix."""
+        raise NotImplementedError
+
+    def to_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor in the layer's own layout, seen as ``(out_features, in_features)``; a view where possible."""
+        return weight
+
+    def from_matrix(self, layer: Any, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`to_matrix`."""
+        return matrix
+
+    def product(self, layer: Any, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """What the layer would give for ``x`` with this weight, shape ``(n, in_features)``, and without its bias."""
+        raise NotImplementedError
+
+    def mix(self, layer: Any, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Mix the channels of a product ``t`` by a matrix of shape ``(out_features, channels of t)``."""
+        return F.linear(t, matrix)
+
+    def channels(self, layer: Any, vector: torch.Tensor) -> torch.Tensor:
+        """A vector of ``out_features`` values shaped to broadcast against the layer's output."""
+        return vector
+
+    def why_not_mergeable(self, layer: Any) -> str | None:
+        """Why nothing can be merged into this layer's weight, or ``None`` where it can."""
+        weight = layer.weight
+        if weight.device.type == "meta":
+            return "its weight is on the meta device (offloaded, or not loaded yet)"
+        if type(weight.data) is not torch.Tensor or hasattr(weight, "ds_id"):
+            return f"its weight is sharded or of a special type ({type(weight.data).__name__}); gather it first"
+        return None
+
+
+class LinearKind(LayerKind):
+    """``nn.Linear``: ``y = x Wᵀ + b`` with W of shape (out_features, in_features)."""
+
+    name = "Linear"
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear) and has_plain_weight(layer)
+
+    def shape(self, layer: nn.Linear) -> tuple[int, int]:
+        # Read from the weight: layers are resized without their attributes being told.
+        out_features, in_features = layer.weight.shape if layer.weight.dim() == 2 else (0, 0)
+        return out_features or layer.out_features, in_features or layer.in_features
+
+    def product(self, layer: nn.Linear, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, matrix)
+
+
+class Conv1DKind(LinearKind):
+    """transformers' ``Conv1D``, a linear layer whose weight is stored as (in_features, out_features)."""
+
+    name = "Conv1D"
+
+    def matches(self, layer: nn.Module) -> bool:
+        return is_transformers_conv1d(layer) and has_plain_weight(layer)
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        in_features, out_features = layer.weight.shape
+        return out_features, in_features
+
+    def to_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T
+
+    from_matrix = to_matrix
+
+
+class EmbeddingKind(LayerKind):
+    """``nn.Embedding``: a lookup in a weight stored as (num_embeddings, embedding_dim); in_features is num_embeddings."""
+
+    name = "Embedding"
+    takes_indices = True
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Embedding) and has_plain_weight(layer)
+
+    def shape(self, layer: nn.Embedding) -> tuple[int, int]:
+        return layer.weight.shape[1], layer.weight.shape[0]
+
+    def to_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T
+
+    from_matrix = to_matrix
+
+    def product(self, layer: nn.Embedding, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        rows = F.embedding(
+            x, matrix.T, padding_idx=layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq, sparse=layer.sparse
+        )
+        scale = embedding_scale(layer)
+        return rows if scale is None else rows * scale.to(rows.dtype)
+
+    def why_not_mergeable(self, layer: Any) -> str | None:
+        if layer.max_norm is not None:
+            return "its max_norm renormalises the weight on every use"
+        return super().why_not_mergeable(layer)
+
+
+class OpaqueLinearKind(LayerKind):
+    """A linear layer whose weight is no plain float matrix (quantised): only its output can be added to."""
+
+    name = "opaque linear"
+
+    def matches(self, layer: nn.Module) -> bool:
+        return (
+            not isinstance(layer, (nn.Embedding, nn.Bilinear))
+            and isinstance(getattr(layer, "in_features", None), int)
+            and isinstance(getattr(layer, "out_features", None), int)
+            and not has_plain_weight(layer)
+        )
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        return layer.out_features, layer.in_features
+
+    def product(self, layer: Any, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, matrix)
+
+    def why_not_mergeable(self, layer: Any) -> str | None:
+        dtype = getattr(getattr(layer, "weight", None), "dtype", "unknown")
+        return f"its weight is no plain float matrix but {dtype} (quantised?); dequantise the model first"
+
+
+_KINDS: list[LayerKind] = [LinearKind(), Conv1DKind(), EmbeddingKind(), OpaqueLinearKind()]
+
+
+def register_kind(kind: LayerKind) -> None:
+    """Support one more kind of layer, in every method. Later registrations are asked first."""
+    _KINDS.insert(0, kind)
+
+
+def kind_of(layer: nn.Module) -> LayerKind | None:
+    """The kind of a layer, or ``None`` where it is not supported."""
+    return next((kind for kind in _KINDS if kind.matches(layer)), None)
+
+
+def supported_kinds() -> list[str]:
+    """Names of all supported kinds."""
+    return [kind.name for kind in _KINDS]
+
+
+def has_plain_weight(layer: nn.Module) -> bool:
+    """Whether the layer's weight is a float tensor that can be read as numbers."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dtype in PLAIN_DTYPES
+
+
+def is_transformers_conv1d(layer: nn.Module) -> bool:
+    """Whether the layer is transformers' ``Conv1D``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
+def embedding_scale(layer: nn.Module) -> torch.Tensor | None:
+    """The factor by which some models (Gemma, BART) multiply what an embedding gives, if there is one."""
+    scale = getattr(layer, "embed_scale", None)
+    if scale is None:
+        return None
+    return scale if isinstance(scale, torch.Tensor) else torch.tensor(scale, device=layer.weight.device)

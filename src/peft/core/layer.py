@@ -1,0 +1,502 @@
+"""The adapted layer: a base layer, the adapters on it, and everything that does not depend on the method.
+
+A weight method subclasses :class:`AdapterLayer` and says only what is its own: slots, shapes, start, ΔW and, optionally, a
+faster way to apply it than through ΔW.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from . import merging
+from .errors import did_you_mean, doubt
+from .kinds import LayerKind, kind_of
+from .mixed import Shared, by_rows
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Factor(nn.Linear):
+    """A bias-free ``nn.Linear`` made around a given weight, without drawing random numbers first."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+        self.register_parameter("bias", None)
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+@dataclass
+class Parts:
+    """One adapter on one layer before it is installed.
+
+    Args:
+        values: Settings by name of the attribute that keeps them per adapter (``r``, ``scaling``, …).
+        tensors: Parameters by slot.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class BaseTunerLayer(nn.Module):
+    """Anything that holds adapters, has active ones among them and can be switched off."""
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    """Attributes that hold parameters or modules by adapter."""
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    """Attributes that hold settings by adapter."""
+
+    _disable_adapters: bool
+    _active_adapter: list[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters: list[str] = []
+        self._shared = Shared()
+
+    # -- what is there ---------------------------------------------------------------------------------------------
+
+    def adapter_names(self) -> list[str]:
+        """All adapters on this layer, in the order they were added."""
+        names = (getattr(self, slot).keys() for slot in self.adapter_layer_names + self.other_param_names)
+        return list(dict.fromkeys(itertools.chain.from_iterable(names)))
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapter_names())
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether the layer holds this adapter."""
+        return any(name in getattr(self, slot) for slot in self.adapter_layer_names)
+
+    def adapter_entries(self, name: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+        """Slots of this adapter and what they hold."""
+        for slot in self.adapter_layer_names:
+            holder = getattr(self, slot)
+            if name in holder:
+                yield slot, holder[name]
+
+    def adapter_tensors(self, name: str) -> Iterator[tuple[str, str, nn.Parameter | torch.Tensor]]:
+        """Key in the adapter's file, key in the module, and tensor of each of this adapter's tensors."""
+        for slot, entry in self.adapter_entries(name):
+            if isinstance(entry, nn.Module):
+                for key, tensor in itertools.chain(entry.named_parameters(), entry.named_buffers()):
+                    yield f"{slot}.{key}", f"{slot}.{name}.{key}", tensor
+            else:
+                yield slot, f"{slot}.{name}", entry
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of this adapter."""
+        for _, entry in self.adapter_entries(name):
+            if isinstance(entry, nn.Module):
+                yield from entry.parameters()
+            else:
+                yield entry
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The active adapters, whether or not they are on this layer."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters as a list."""
+        return list(self._active_adapter)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer behaves as its base layer."""
+        return self._disable_adapters
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged into the base weight."""
+        return bool(self.merged_adapters)
+
+    # -- switching -------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters active and trainable, and all others frozen.
+
+        Args:
+            adapter_names: One name or several.
+            inference_mode: Leave the active ones frozen too.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in self.adapter_names():
+            self._set_trainable(name, name in names and not inference_mode)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the layer on (its active adapters become trainable) or off (the plain base layer, all frozen)."""
+        if enabled:
+            self.set_adapter(self._active_adapter)
+        else:
+            if self.merged_adapters:
+                self.unmerge()
+            for name in self.adapter_names():
+                self._set_trainable(name, False)
+        self._disable_adapters = not enabled
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or frozen without activating them."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for name in names:
+            self._set_trainable(name, requires_grad)
+
+    def _set_trainable(self, name: str, requires_grad: bool) -> None:
+        for parameter in self.adapter_parameters(name):
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; where it was the only active one the first that is left becomes active."""
+        if adapter_name in self.merged_adapters:
+            self.unmerge([adapter_name])
+        for slot in self.adapter_layer_names + self.other_param_names:
+            holder = getattr(self, slot)
+            if adapter_name in holder:
+                del holder[adapter_name]
+        if adapter_name in self._active_adapter:
+            self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
+
+    # -- for the engine --------------------------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer under all adapters."""
+        raise NotImplementedError
+
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Take merged adapters out of the base weight."""
+
+
+class AdapterLayer(BaseTunerLayer):
+    """A layer with adapters of one weight method on it.
+
+    Args:
+        base_layer: The layer to adapt, or another adapted layer.
+
+    Raises:
+        ValueError: The base layer is of no supported kind.
+    """
+
+    linear_slots: ClassVar[tuple[str, ...]] = ()
+    """Slots whose parameter is the weight of a bias-free linear layer (state-dict key ``slot.adapter.weight``)."""
+    parameter_slots: ClassVar[tuple[str, ...]] = ()
+    """Slots that are plain parameters (state-dict key ``slot.adapter``)."""
+    why_no_merge: ClassVar[str | None] = None
+    """Why the method cannot be merged, where it cannot."""
+    delta_depends_on_weight: ClassVar[bool] = False
+    """Whether ΔW is a function of the weight that it is added to."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        kind = kind_of(self.get_base_layer())
+        if kind is None:
+            raise ValueError(f"{type(self).__name__} cannot adapt a layer of type {type(base_layer).__name__}.")
+        self.kind: LayerKind = kind
+        self.out_features, self.in_features = kind.shape(self.get_base_layer())
+        self.cast_input_dtype_enabled = True
+        for slot in self.linear_slots:
+            setattr(self, slot, nn.ModuleDict())
+        for slot in self.parameter_slots:
+            setattr(self, slot, nn.ParameterDict())
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "adapter_layer_names" not in cls.__dict__:
+            cls.adapter_layer_names = cls.linear_slots + cls.parameter_slots
+
+    # -- what a method says ----------------------------------------------------------------------------------------
+
+    def settings(self, config: Any, target: str) -> dict[str, Any]:
+        """Settings of a new adapter, by name of the attribute that keeps them.
+
+        Args:
+            config: The adapter's configuration.
+            target: Full name of the adapted module, for patterns.
+
+        Raises:
+            ValueError: The configuration does not suit this layer.
+        """
+        return {}
+
+    def shapes(self, config: Any, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shape of the parameter in each slot that a new adapter uses."""
+        raise NotImplementedError
+
+    def start(self, tensors: dict[str, torch.Tensor], config: Any, settings: dict[str, Any]) -> None:
+        """Fill a new adapter's parameters, in place."""
+        raise NotImplementedError
+
+    def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
+        """ΔW of an adapter, shape (out_features, in_features).
+
+        Args:
+            name: The adapter.
+            weight: The weight that it is added to, where ``delta_depends_on_weight``.
+        """
+        raise NotImplementedError
+
+    def delta_bias(self, name: str, bias: torch.Tensor) -> torch.Tensor | None:
+        """What merging adds to the bias, shape (out_features,); ``None``: nothing."""
+        return None
+
+    def before(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Change the base layer's input, shape (batch, …, in_features)."""
+        return x
+
+    def after(self, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()) -> torch.Tensor:
+        """Change the base layer's output. This form goes through ΔW; a method may know a cheaper one.
+
+        Args:
+            name: The adapter.
+            x: The layer's input, (batch, …, in_features), or indices.
+            y: Its output so far, (batch, …, out_features).
+            earlier: Adapters that were applied to ``y`` before.
+        """
+        weight = self.matrix(earlier) if self.delta_depends_on_weight else None
+        delta = self.delta(name, weight)
+        return y + self.kind.product(self.get_base_layer(), self.cast_input(x, delta.dtype), delta)
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._shared.plan is not None and not self._disable_adapters:
+            return self._forward_mixed(x, *args, **kwargs)
+        names = self.live_adapters()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        base_input = x
+        for name in names:
+            base_input = self.before(name, base_input)
+        y = self.base_layer(base_input, *args, **kwargs)
+        dtype = y.dtype
+        for i, name in enumerate(names):
+            y = self.after(name, x, y, names[:i])
+        return y if y.dtype == dtype else y.to(dtype)
+
+    def _forward_mixed(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        plan = self._shared.plan
+        assert plan is not None
+        where = f"a layer of type {type(self.get_base_layer()).__name__}"
+        if self.merged:
+            raise ValueError("`adapter_names` cannot be used while adapters are merged: call unmerge_adapter() first.")
+        if not any(self.has_adapter(name) for name in plan.names):
+            return self.base_layer(x, *args, **kwargs)
+        if x.shape[0] == 1 and len(plan.names) > 1:  # one row for the whole batch, such as positions
+            x = x.expand(len(plan.names), *x.shape[1:])
+
+        def scaled(name: str, rows: torch.Tensor | None) -> torch.Tensor:
+            part = x if rows is None else x.index_select(0, rows)
+            return self.before(name, part) if self.has_adapter(name) else part
+
+        changes_input = type(self).before is not AdapterLayer.before
+        base_input = by_rows(plan, x, where, scaled) if changes_input else x
+        y = self.base_layer(base_input, *args, **kwargs)
+
+        def adapted(name: str, rows: torch.Tensor | None) -> torch.Tensor:
+            x_part = x if rows is None else x.index_select(0, rows)
+            y_part = y if rows is None else y.index_select(0, rows)
+            return self.after(name, x_part, y_part).to(y.dtype) if self.has_adapter(name) else y_part
+
+        return by_rows(plan, x, where, adapted)
+
+    def live_adapters(self) -> list[str]:
+        """The adapters that forward applies: active, on this layer, and not merged."""
+        if self._disable_adapters:
+            return []
+        return [n for n in self._active_adapter if n not in self.merged_adapters and self.has_adapter(n)]
+
+    def cast_input(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The input in the adapter's dtype. Indices stay as they are, and so does everything under autocast."""
+        if not self.cast_input_dtype_enabled or self.kind.takes_indices or x.dtype == dtype:
+            return x
+        if torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(dtype)
+
+    def _cast_input_dtype(self, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if x is None else self.cast_input(x, dtype)
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        base = self.base_layer
+        while isinstance(base, BaseTunerLayer):
+            base = base.base_layer
+        return base
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's weight; some models read it directly."""
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's bias."""
+        return self.get_base_layer().bias  # type: ignore[return-value]
+
+    def matrix(self, names: Iterable[str]) -> torch.Tensor:
+        """The weight as (out_features, in_features) with adapters of this layer added, and all live ones of layers below."""
+        if isinstance(self.base_layer, AdapterLayer):
+            weight = self.base_layer.matrix(self.base_layer.live_adapters())
+        else:
+            weight = self.kind.to_matrix(self.base_layer, self.weight)
+        for name in names:
+            weight = weight + self.delta(name, weight)
+        return weight
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """ΔW of an adapter in the layout of the base layer's weight."""
+        if self.why_no_merge is not None:
+            raise ValueError(f"{type(self).__name__} has no ΔW: {self.why_no_merge}.")
+        weight = self.matrix(()) if self.delta_depends_on_weight else None
+        return self.kind.from_matrix(self.get_base_layer(), self.delta(adapter, weight))
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def build(self, config: Any, target: str, device: torch.device | str | None = None) -> Parts:
+        """Make a new adapter's parts without touching the layer.
+
+        Args:
+            config: The adapter's configuration.
+            target: Full name of the adapted module.
+            device: ``"meta"`` makes shapes only; otherwise the base layer's device is used.
+
+        Raises:
+            ValueError: The configuration does not suit this layer.
+        """
+        settings = self.settings(config, target)
+        shapes = self.shapes(config, settings)
+        base_device, dtype = self.device_and_dtype()
+        if device is None and base_device.type == "meta":
+            device = base_device
+        if device is not None and torch.device(device).type == "meta":
+            return Parts(settings, {s: torch.empty(shape, dtype=dtype, device="meta") for s, shape in shapes.items()})
+        tensors = {slot: torch.empty(shape, dtype=torch.float32) for slot, shape in shapes.items()}
+        with torch.no_grad():
+            self.start(tensors, config, settings)
+        return Parts(settings, {s: t.to(device=base_device, dtype=dtype) for s, t in tensors.items()})
+
+    def install(self, name: str, parts: Parts) -> None:
+        """Add an adapter made by :meth:`build`; it is frozen until it is activated."""
+        for attribute, value in parts.values.items():
+            if isinstance(value, nn.Module):
+                value.train(self.training)
+            getattr(self, attribute)[name] = value
+        for slot, tensor in parts.tensors.items():
+            if slot in self.linear_slots:
+                module = Factor(tensor)
+                module.weight.requires_grad_(False)
+                module.training = self.training
+                getattr(self, slot)[name] = module
+            else:
+                getattr(self, slot)[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Device of the base weight and its dtype; float32 where the weight is no plain float tensor."""
+        base = self.get_base_layer()
+        tensor = getattr(base, "weight", None)
+        if not isinstance(tensor, torch.Tensor):
+            tensor = next(itertools.chain(base.parameters(), base.buffers()), torch.empty(0))
+        plain = tensor.dtype in HALF or tensor.dtype in (torch.float32, torch.float64)
+        return tensor.device, tensor.dtype if plain else torch.float32
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    def why_not_mergeable(self) -> str | None:
+        """Why nothing can be merged here, or ``None`` where it can."""
+        return self.why_no_merge or self.kind.why_not_mergeable(self.get_base_layer())
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, keep_original: bool = True
+    ) -> None:
+        """Add adapters to the base weight.
+
+        Args:
+            safe_merge: Check the merged weight for NaN and infinity first.
+            adapter_names: Which; the active ones when not given.
+            keep_original: Keep a copy of the weight in host memory, so that unmerging restores it bit for bit. Without it
+                unmerging subtracts.
+
+        Raises:
+            ValueError: The layer or method cannot be merged, or ``safe_merge`` found a broken weight.
+        """
+        merging.merge_layer(self, adapter_names, safe_merge=safe_merge, keep_original=keep_original)
+
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Take merged adapters out of the base weight.
+
+        Args:
+            adapter_names: Which; all merged ones when not given.
+        """
+        merging.unmerge_layer(self, adapter_names)
+
+    def _get_name(self) -> str:
+        package = type(self).__module__.split(".")
+        return f"{package[2] if package[:2] == ['peft', 'tuners'] else package[-1]}.{type(self).__name__}"
+
+    def extra_repr(self) -> str:
+        return f"merged={self.merged_adapters}" if self.merged_adapters else ""
+
+
+# -- walking ---------------------------------------------------------------------------------------------------------
+
+
+def adapted_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Names and modules of everything that holds adapters, outer before inner.
+
+    The walk does not descend into the adapters themselves, so its cost does not grow with their number.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [(prefix, model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+            base = module._modules.get("base_layer")
+            if base is not None:
+                stack.append((f"{name}.base_layer" if name else "base_layer", base))
+            continue
+        for child_name, child in reversed(module._modules.items()):
+            if child is not None:
+                stack.append((f"{name}.{child_name}" if name else child_name, child))
+
+
+def shared_of(model: nn.Module) -> Shared | None:
+    """The state that the adapted layers of a model share, or ``None`` where there are none."""
+    return next((module._shared for _, module in adapted_modules(model)), None)
+
+
+def require_adapters(model: nn.Module, names: str | Sequence[str], known: Iterable[str]) -> list[str]:
+    """Check names of adapters.
+
+    Raises:
+        ValueError: None given, or an unknown one.
+    """
+    asked = [names] if isinstance(names, str) else list(names)
+    known = list(known)
+    if not asked:
+        raise ValueError("Give at least one adapter name; to use none, call disable_adapter_layers().")
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"Adapter {name!r} not found{did_you_mean(name, known)}. Loaded: {', '.join(known) or 'none'}.")
+    if len(set(asked)) < len(asked):
+        doubt(f"Adapter names are given twice: {asked}. Each is applied once.")
+    return list(dict.fromkeys(asked))

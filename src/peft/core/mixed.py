@@ -1,0 +1,153 @@
+"""Mixed batches: one adapter per row, planned once per forward pass and read by every adapted layer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import did_you_mean, shorten
+
+BASE = "__base__"
+
+
+class Shared:
+    """What all adapted layers of one model share while it runs."""
+
+    def __init__(self) -> None:
+        self.plan: MixedPlan | None = None
+
+
+class MixedPlan:
+    """Which rows of a batch go through which adapter.
+
+    Args:
+        names: One adapter name per row; ``"__base__"`` is the plain model.
+        expands: Whether layers may see each row several times in a row, as generation does with beams.
+    """
+
+    def __init__(self, names: Sequence[str], *, expands: bool = False) -> None:
+        self.names = tuple(names)
+        self.expands = expands
+        self._rows: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            self._rows.setdefault(name, []).append(row)
+        self._index: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = {}
+
+    def rows(self, x: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
+        """Row numbers of each adapter in a layer's input.
+
+        Args:
+            x: The input, whose first dimension is the batch, or batch times positions for 2-D inputs.
+            where: What asks, for the message.
+
+        Raises:
+            ValueError: The input has no such rows.
+        """
+        found, planned = x.shape[0], len(self.names)
+        factor, rest = divmod(found, planned)
+        if rest or factor < 1 or (factor > 1 and not self.expands and x.dim() != 2):
+            raise ValueError(
+                f"`adapter_names` has {planned} names, but {where} sees {found} rows (input of shape {tuple(x.shape)}). "
+                "Give one name per row of the batch; layers that regroup rows cannot take part in a mixed batch."
+            )
+        key = (factor, x.device)
+        if key not in self._index:
+            self._index[key] = {
+                name: torch.tensor([r * factor + i for r in rows for i in range(factor)], device=x.device)
+                for name, rows in self._rows.items()
+            }
+        return self._index[key]
+
+
+def by_rows(
+    plan: MixedPlan, x: torch.Tensor, where: str, run: Callable[[str, torch.Tensor | None], torch.Tensor]
+) -> torch.Tensor:
+    """Run each group of rows by its adapter and put the results back into the batch's order.
+
+    Args:
+        plan: The plan.
+        x: The layer's input.
+        where: What asks, for messages.
+        run: Called with an adapter's name and its row numbers (``None``: all rows); gives the output of these rows.
+    """
+    groups = plan.rows(x, where)
+    if len(groups) == 1:
+        return run(next(iter(groups)), None)
+    outputs = [run(name, index) for name, index in groups.items()]
+    if len({o.shape[1:] for o in outputs}) > 1:
+        shapes = {name: tuple(o.shape[1:]) for name, o in zip(groups, outputs, strict=True)}
+        raise ValueError(f"The adapters of this batch give outputs of different shapes in {where}: {shapes}.")
+    order = torch.argsort(torch.cat(list(groups.values())))
+    return torch.cat(outputs).index_select(0, order)
+
+
+def check_names(names: Any, known: Iterable[str], batch_size: int | None) -> list[str]:
+    """Check ``adapter_names`` of a call.
+
+    Raises:
+        ValueError: Not a list of known names, one per row.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"`adapter_names` should be a list with one adapter name per row of the batch, got {names!r}.")
+    known = list(known)
+    unknown = sorted({n for n in names if n not in known and n != BASE})
+    if unknown:
+        raise ValueError(
+            f"`adapter_names` holds unknown adapters: {shorten(unknown)}{did_you_mean(unknown[0], known)}. "
+            f"Loaded: {', '.join(known)}; {BASE!r} is the plain model."
+        )
+    if batch_size is not None and batch_size != len(names):
+        raise ValueError(
+            f"`adapter_names` has {len(names)} names, but the batch has {batch_size} rows. Give one name per row."
+        )
+    return list(names)
+
+
+def batch_size_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Number of rows of a model call, read off its first tensor, or ``None`` where there is none."""
+    for name in ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "inputs"):
+        if isinstance(kwargs.get(name), torch.Tensor):
+            return kwargs[name].shape[0]
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return None
+
+
+@contextlib.contextmanager
+def planned(model: nn.Module, shared: Shared, plan: MixedPlan) -> Iterator[None]:
+    """Within this context the adapted layers of ``model`` follow the plan.
+
+    Checkpointed blocks run again during backward, after the context has ended, so their function is bound to the plan.
+    """
+    before = shared.plan
+    bound: list[tuple[nn.Module, Any]] = []
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and getattr(module, "gradient_checkpointing", False):
+            bound.append((module, function))
+            module._gradient_checkpointing_func = functools.partial(_checkpoint_planned, function, shared, plan)
+    shared.plan = plan
+    try:
+        yield
+    finally:
+        shared.plan = before
+        for module, function in bound:
+            module._gradient_checkpointing_func = function
+
+
+def _checkpoint_planned(checkpoint: Any, shared: Shared, plan: MixedPlan, function: Any, *args: Any, **kw: Any) -> Any:
+    def run(*inner: Any, **inner_kw: Any) -> Any:
+        before = shared.plan
+        shared.plan = plan
+        try:
+            return function(*inner, **inner_kw)
+        finally:
+            shared.plan = before
+
+    return checkpoint(run, *args, **kw)

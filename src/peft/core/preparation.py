@@ -1,0 +1,116 @@
+"""Preparing a model for training: quantised bases, mixed precision, sharding, labels."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layer import HALF, BaseTunerLayer
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> nn.Module:
+    """Make a quantised model ready for adapters: freeze it, keep its small layers in float32, let gradients reach its blocks.
+
+    Args:
+        model: The base model.
+        use_gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        gradient_checkpointing_kwargs: For the model's ``gradient_checkpointing_enable``.
+        auto_clear_cache: Free the accelerator memory that casting left over.
+
+    Returns:
+        The same model.
+    """
+    keeps_dtype = getattr(model, "quantization_method", None) in ("gptq", "aqlm", "eetq", "torchao", "hqq") or getattr(
+        model, "is_quantized_with_own_dtype", False
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if not keeps_dtype and parameter.dtype in HALF and type(parameter).__name__ != "Params4bit":
+            parameter.data = parameter.data.to(torch.float32)
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if use_gradient_checkpointing:
+        from ..model import enable_input_gradients
+        from .files import accepts
+
+        arguments = dict(gradient_checkpointing_kwargs or {})
+        if arguments.get("use_reentrant", True):
+            enable_input_gradients(model)
+        enable: Callable[..., Any] = model.gradient_checkpointing_enable  # type: ignore[assignment]
+        if arguments and not accepts(enable, "gradient_checkpointing_kwargs"):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs={arguments} was given, but {type(model).__name__}.gradient_checkpointing_enable "
+                "takes none. Update transformers, or leave them out."
+            )
+        enable(**({"gradient_checkpointing_kwargs": arguments} if arguments else {}))
+    return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put frozen parameters into a half precision and trainable ones into float32.
+
+    Args:
+        model: The model.
+        dtype: ``torch.float16`` or ``torch.bfloat16``.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> torch.Tensor:
+    """Decoder inputs for labels: shifted by one, the start token first, ``-100`` replaced by padding.
+
+    Args:
+        input_ids: Labels, shape (batch, length).
+        pad_token_id: Padding token.
+        decoder_start_token_id: First token of the decoder.
+
+    Raises:
+        ValueError: No padding token.
+    """
+    if pad_token_id is None:
+        raise ValueError("self.model.config.pad_token_id has to be defined: labels of -100 are replaced by it.")
+    shifted = input_ids.new_zeros(input_ids.shape)
+    shifted[:, 1:] = input_ids[:, :-1]
+    shifted[:, 0] = decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
+    """A wrapping policy for FSDP that keeps trainable adapters apart from frozen weights.
+
+    Args:
+        model: The model; its transformer blocks are those of ``FSDP_TRANSFORMER_CLS_TO_WRAP``, else ``model._no_split_modules``.
+
+    Raises:
+        ValueError: A class named there is not in the model.
+    """
+    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    names = [n.strip() for n in named.split(",") if n.strip()] or list(getattr(model, "_no_split_modules", None) or [])
+    by_name = {type(m).__name__: type(m) for m in model.modules()}
+    missing = [n for n in names if n not in by_name]
+    if missing and named:
+        raise ValueError(f"FSDP_TRANSFORMER_CLS_TO_WRAP names {missing}, which are not in the model.")
+
+    def trainable_leaf(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return not isinstance(module, BaseTunerLayer) and not list(module.children()) and weight is not None and weight.requires_grad
+
+    leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=trainable_leaf)
+    blocks = functools.partial(
+        transformer_auto_wrap_policy, transformer_layer_cls={by_name[n] for n in names if n in by_name}
+    )
+    return functools.partial(_or_policy, policies=[leaves, blocks])

@@ -1,0 +1,228 @@
+"""The tuner: a thin module around a base model with adapters of one weight method, with the verbs a user calls."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from . import activation, merging
+from .errors import PeftWarning, shorten
+from .extra_modules import ModulesToSaveWrapper
+from .injection import cast_adapter_dtype, inject
+from .layer import AdapterLayer, BaseTunerLayer, adapted_modules, require_adapters
+
+
+class BaseTuner(nn.Module):
+    """A base model with adapters of a weight method in it.
+
+    Args:
+        model: The base model, changed in place.
+        peft_config: Configuration of the first adapter, or configurations by adapter name.
+        adapter_name: Name of the first adapter.
+        low_cpu_mem_usage: Make the adapter's parameters on the meta device.
+        state_dict: Adapt the layers that these tensors name.
+
+    Raises:
+        ValueError: The configuration does not suit the model.
+    """
+
+    layer_cls: ClassVar[type[AdapterLayer]]
+    """The method's layer."""
+    default_role: ClassVar[str] = "attention"
+    """Which column of the table of default targets the method uses."""
+    prefix: ClassVar[str] = ""
+    """How the method's attributes on adapted layers begin."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        for name, config in configs.items():
+            inject(model, config, name, type(self), on_meta=low_cpu_mem_usage, state_dict=state_dict)
+        self.model = model
+        self.peft_config: dict[str, Any] = model.peft_config  # type: ignore[assignment]
+
+    # -- what a method may say -------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_config(cls, config: Any, model: nn.Module) -> None:
+        """Refuse a configuration that the method cannot honour on this model.
+
+        Raises:
+            ValueError: Or ``NotImplementedError``, with the reason.
+        """
+
+    @classmethod
+    def make_layer(cls, base_layer: nn.Module, config: Any) -> AdapterLayer:
+        """Wrap a layer."""
+        return cls.layer_cls(base_layer)
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add the adapter whose configuration stands in ``peft_config`` under this name."""
+        config = self.peft_config.pop(adapter_name)
+        inject(model, config, adapter_name, type(self), on_meta=low_cpu_mem_usage, state_dict=state_dict)
+        cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters active and trainable, all others inactive and frozen.
+
+        Raises:
+            ValueError: Unknown name.
+        """
+        activation.set_adapter(self.model, adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or frozen, active or not."""
+        activation.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            ValueError: Unknown name.
+        """
+        require_adapters(self.model, adapter_name, self.peft_config)
+        activation.delete_adapter(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+
+    def enable_adapter_layers(self) -> None:
+        """Switch adapters on."""
+        activation.enable_adapters(self.model, True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch adapters off: the model computes what its base model does."""
+        trained = [n for n in self.active_adapters if getattr(self.peft_config.get(n), "bias", "none") != "none"]
+        if trained:
+            warnings.warn(
+                f"Adapter {shorten(trained)} trained biases of the base model (bias={self.peft_config[trained[0]].bias!r}), so "
+                "with adapters disabled the outputs still differ from those of the untouched base model.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        activation.enable_adapters(self.model, False)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return next((layer.active_adapters for _, layer in adapted_modules(self.model)), [])
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, keep_original: bool = True
+    ) -> None:
+        """Add adapters to the base weights.
+
+        Args:
+            adapter_names: Which; the active ones when not given.
+            safe_merge: Check for NaN and infinity before anything is changed.
+            keep_original: Keep a copy of the weights in host memory, so that unmerging is exact.
+
+        Raises:
+            ValueError: Unknown name, or a layer cannot be merged. Nothing is changed then.
+        """
+        if adapter_names is not None:
+            adapter_names = require_adapters(self.model, adapter_names, self.peft_config)
+        if not merging.mergeable_layers(self.model, adapter_names):
+            warnings.warn("All adapters asked for are already merged; nothing to do.", PeftWarning, stacklevel=2)
+            return
+        merging.merge_model(self.model, adapter_names, safe_merge=safe_merge, keep_original=keep_original)
+
+    def unmerge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Take adapters out of the base weights: all merged ones, or those named, in any order."""
+        for _, layer in reversed(list(adapted_modules(self.model))):
+            layer.unmerge(adapter_names)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Add adapters to the base weights for good and take this library's layers out.
+
+        Args:
+            progressbar: Show progress.
+            safe_merge: Check for NaN and infinity before anything is changed.
+            adapter_names: Which; the active ones when not given.
+
+        Returns:
+            The plain model.
+
+        Raises:
+            ValueError: A layer cannot be merged. Nothing is changed then.
+        """
+        if adapter_names is not None:
+            adapter_names = require_adapters(self.model, adapter_names, self.peft_config)
+        merging.merge_model(self.model, adapter_names, safe_merge=safe_merge, keep_original=False)
+        return self._unload(adapter_names, progressbar)
+
+    def unload(self) -> nn.Module:
+        """Take adapters and this library's layers out.
+
+        Returns:
+            The plain base model, with its own weights.
+        """
+        self.unmerge_adapter()
+        return self._unload([], False)
+
+    def _unload(self, merged: Sequence[str] | None, progressbar: bool) -> nn.Module:
+        from tqdm import tqdm
+
+        names = self.active_adapters if merged is None else list(merged)
+        places = [(n, m) for n, m in adapted_modules(self.model) if not n.endswith(".base_layer")]
+        for name, layer in tqdm(places, disable=not progressbar, desc="Unloading" if not names else "Merging and unloading"):
+            base = layer.get_base_layer()
+            if isinstance(layer, ModulesToSaveWrapper):
+                base = next((layer.modules_to_save[n] for n in names if n in layer.modules_to_save), base)
+            base.__dict__.pop(merging._ATTRIBUTE, None)
+            if not name:
+                raise ValueError("The model itself is one adapted layer; there is no place to put the plain layer back.")
+            parent_name, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent_name), child, base)
+        with contextlib.suppress(AttributeError):
+            del self.model.peft_config
+        return self.model
+
+    # -- the module ------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "model" not in self._modules:
+                raise
+            return getattr(self.model, name)
+
+    def get_model_config(self, model: nn.Module) -> dict[str, Any]:
+        """The base model's configuration as a dictionary."""
+        config = getattr(model, "config", None)
+        return config if isinstance(config, dict) else config.to_dict() if config is not None else {"model_type": "custom"}
+
+    def named_adapted_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+        """Names and modules of all adapted layers."""
+        return adapted_modules(self.model)

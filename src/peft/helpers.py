@@ -1,0 +1,114 @@
+"""Small helpers around a model with adapters (``peft.helpers``)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from .config import PeftConfig
+from .core.layer import AdapterLayer, adapted_modules
+
+
+def update_forward_signature(model: nn.Module) -> None:
+    """Give a PeftModel's ``forward`` the signature and documentation of the base model's."""
+    _adopt(model, "forward")
+
+
+def update_generate_signature(model: nn.Module) -> None:
+    """Give a PeftModel's ``generate`` the signature and documentation of the base model's."""
+    _adopt(model, "generate")
+
+
+def update_signature(model: nn.Module, method: str = "all") -> None:
+    """Give a PeftModel the base model's signatures.
+
+    Args:
+        model: The PeftModel.
+        method: ``"forward"``, ``"generate"`` or ``"all"``.
+
+    Raises:
+        ValueError: Another method.
+    """
+    if method not in ("forward", "generate", "all"):
+        raise ValueError(f"`method` should be 'forward', 'generate' or 'all', got {method!r}.")
+    for name in ("forward", "generate") if method == "all" else (method,):
+        _adopt(model, name)
+
+
+def _adopt(model: Any, name: str) -> None:
+    source = getattr(model.get_base_model(), name, None)
+    if source is None:
+        return
+    current = getattr(type(model), name)
+
+    @functools.wraps(source)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return current(self, *args, **kwargs)
+
+    signature = inspect.signature(source)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    call.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    setattr(model, name, MethodType(call, model))
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Whether a folder or Hub id holds an adapter."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Within this context the active adapters' scaling is multiplied.
+
+    Args:
+        model: A model with adapters that have a ``scaling``.
+        multiplier: The factor.
+
+    Raises:
+        TypeError: The factor is no number.
+        ValueError: The model has no such adapters.
+    """
+    if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)):
+        raise TypeError(f"The multiplier should be a number, got {type(multiplier).__name__}.")
+    layers = [m for _, m in adapted_modules(model) if isinstance(m, AdapterLayer) and hasattr(m, "scaling")]
+    if not layers:
+        raise ValueError("The model has no adapters with a scaling, such as LoRA's.")
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            for name in layer.active_adapters:
+                if name in layer.scaling:
+                    layer.scaling[name] = layer.scaling[name] * multiplier
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+@contextlib.contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Within this context adapters take their input in the dtype that it has, instead of casting it to their own.
+
+    Args:
+        model: A model with adapters.
+        active: Do nothing when false.
+    """
+    layers = [m for _, m in adapted_modules(model) if isinstance(m, AdapterLayer)] if active else []
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled

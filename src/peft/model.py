@@ -1,0 +1,588 @@
+"""The model a user holds: a thin holder around a base model with adapters in it, that names, saves, loads and delegates."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.utils import PushToHubMixin
+
+from .config import PeftConfig, TaskType
+from .core import activation, checkpoints, status
+from .core.errors import PeftWarning, doubt, strictness
+from .core.extra_modules import record_head
+from .core.files import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    hub_kwargs,
+    infer_device,
+    load_peft_weights,
+    safetensors_writer,
+    warn_pickle,
+    write_atomically,
+)
+from .core.injection import cast_adapter_dtype, check_adapter_name, inject
+from .core.layer import AdapterLayer, adapted_modules, require_adapters, shared_of
+from .core.mixed import MixedPlan, batch_size_of, check_names, planned
+from .core.model_card import model_card
+from .core.tuner import BaseTuner
+from .registry import get_method
+
+
+class PeftModel(PushToHubMixin, nn.Module):
+    """A base model with adapters.
+
+    Args:
+        model: The base model, changed in place.
+        peft_config: Configuration of the first adapter.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Keep adapter parameters in float32 where the base model is in half precision.
+        low_cpu_mem_usage: Make the adapter's parameters on the meta device, to be assigned from a file.
+
+    Attributes:
+        base_model: The method's model; ``base_model.model`` is the base model itself.
+        peft_config: Configuration of each adapter by name.
+        active_adapter: Name of the active adapter.
+
+    Raises:
+        ValueError: The configuration does not suit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self._add_head(peft_config)
+        tuner_cls = get_method(peft_config.peft_type).tuner_cls
+        self.base_model: BaseTuner = tuner_cls(model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage)
+        self.peft_type = peft_config.peft_type
+        self.special_peft_forward_args = {"adapter_names", "allow_mixed_training"}
+        cast_adapter_dtype(self.base_model, adapter_name, autocast_adapter_dtype)
+        self._name_base(peft_config)
+        if getattr(model, "is_gradient_checkpointing", False):
+            self.prepare_model_for_gradient_checkpointing(model)
+        # Tensor parallelism inside pretraining splits weights in a way that adapters do not see.
+        base_config = getattr(model, "config", None)
+        if getattr(base_config, "pretraining_tp", 1) not in (None, 1):
+            base_config.pretraining_tp = 1  # type: ignore[union-attr]
+
+    # -- what a task adds ------------------------------------------------------------------------------------------
+
+    head_names: tuple[str, ...] = ()
+    """Heads that the task trains in full besides the adapter."""
+
+    def _add_head(self, config: PeftConfig) -> None:
+        if self.head_names and hasattr(config, "modules_to_save"):
+            names = list(config.modules_to_save or [])
+            config.modules_to_save = names + [n for n in self.head_names if n not in names]
+
+    def _name_base(self, config: PeftConfig) -> None:
+        base = self.get_base_model()
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+        if config.peft_version is None:
+            from . import __version__
+
+            config.peft_version = __version__
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Configuration of each adapter by name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> Any:
+        """Name of the active adapter; a list where several are active."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """Configuration of the active adapter."""
+        names = self.active_adapters
+        if not names:
+            raise ValueError("No adapter is active: the model has none left. Add or load one.")
+        return self.peft_config[names[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of modules that adapters train in full."""
+        names = {n for c in self.peft_config.values() for n in (getattr(c, "modules_to_save", None) or ())}
+        return names or None
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts on the outputs."""
+        return any(not m.disable_adapters and m.active_adapters for _, m in adapted_modules(self))
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        strict: bool | None = None,
+    ) -> None:
+        """Add a new adapter; it is inactive and frozen until :meth:`set_adapter`.
+
+        Args:
+            adapter_name: Its name.
+            peft_config: Its configuration.
+            low_cpu_mem_usage: Make its parameters on the meta device.
+            autocast_adapter_dtype: Keep its parameters in float32 where the base model is in half precision.
+            strict: Raise instead of warning about doubtful things.
+
+        Raises:
+            ValueError: The name is taken, or the configuration does not suit the model. The model is as it was.
+        """
+        check_adapter_name(adapter_name, self.peft_config)
+        self._add_head(peft_config)
+        tuner_cls = get_method(peft_config.peft_type).tuner_cls
+        if not issubclass(tuner_cls, type(self.base_model)) and not issubclass(type(self.base_model), BaseTuner):
+            raise ValueError(f"Cannot add a {peft_config.peft_type} adapter to a {type(self.base_model).__name__}.")
+        base = self.get_base_model()
+        with strictness(strict):
+            inject(base, peft_config, adapter_name, tuner_cls, on_meta=low_cpu_mem_usage)
+        # All adapters may have been deleted in between, and the dictionary with them.
+        self.base_model.peft_config = base.peft_config  # type: ignore[assignment]
+        cast_adapter_dtype(self.base_model, adapter_name, autocast_adapter_dtype)
+        self._name_base(peft_config)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters active and trainable, and all others inactive and frozen.
+
+        Args:
+            adapter_name: One name or several.
+            inference_mode: Leave the active ones frozen too.
+
+        Raises:
+            ValueError: Unknown name.
+        """
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or frozen, active or not.
+
+        Raises:
+            ValueError: Unknown name.
+        """
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            ValueError: Unknown name.
+        """
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the model behaves as its base model; afterwards everything is as it was, every flag included."""
+        with activation.disabled(self):
+            yield
+
+    # -- calling ---------------------------------------------------------------------------------------------------
+
+    def get_base_model(self) -> nn.Module:
+        """The base model."""
+        return self.base_model.model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model.
+
+        Args:
+            *args: Passed on.
+            **kwargs: Passed on, but for ``adapter_names``: one adapter name per row of the batch, ``"__base__"`` for the plain
+                model; and ``allow_mixed_training``: let such a batch be used in training mode.
+
+        Raises:
+            ValueError: ``adapter_names`` of the wrong length or with an unknown name, or while adapters are merged.
+        """
+        if "adapter_names" not in kwargs and "allow_mixed_training" not in kwargs:
+            return self.base_model(*args, **kwargs)
+        with self._mixed(args, kwargs, expands=False) as rest:
+            return self.base_model(*args, **rest)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model's ``generate``; ``adapter_names`` as in :meth:`forward`."""
+        generate = self.get_base_model().generate  # type: ignore[operator]
+        if "adapter_names" not in kwargs:
+            return generate(*args, **kwargs)
+        with self._mixed(args, kwargs, expands=True) as rest:
+            return generate(*args, **rest)
+
+    @contextlib.contextmanager
+    def _mixed(self, args: Sequence[Any], kwargs: dict[str, Any], *, expands: bool) -> Iterator[dict[str, Any]]:
+        rest = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+        names, allow_training = kwargs.get("adapter_names"), kwargs.get("allow_mixed_training", False)
+        if names is None:
+            yield rest
+            return
+        names = check_names(names, self.peft_config, batch_size_of(args, rest))
+        if self.training and not allow_training:
+            raise ValueError(
+                "`adapter_names` is meant for inference: call model.eval() first, or pass allow_mixed_training=True to train "
+                "several adapters in one batch."
+            )
+        activation.check_not_merged(self, "use `adapter_names`")
+        shared = shared_of(self)
+        if shared is None:
+            raise ValueError("`adapter_names` needs a model with adapters, but all of them were removed.")
+        with planned(self, shared, MixedPlan(names, expands=expands)):
+            yield rest
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "base_model" not in self._modules:
+                raise
+            return getattr(self.base_model, name)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let gradients flow into the first checkpointed block although everything below it is frozen."""
+        if not getattr(model, "is_loaded_in_8bit", False) and not getattr(model, "is_loaded_in_4bit", False):
+            enable_input_gradients(model)
+        return model
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters: ``default`` into the folder itself, any other into a folder of its own inside it.
+
+        Args:
+            save_directory: The folder; made if missing.
+            safe_serialization: Only ``True`` has an effect: adapters are written as safetensors.
+            selected_adapters: Which; all when not given.
+            save_embedding_layers: Write the base model's embeddings too; ``"auto"``: where they are adapted or were resized.
+            is_main_process: Write nothing where this is false, as on the other processes of a distributed run.
+            path_initial_model_for_weight_conversion: Not built yet.
+            **kwargs: ``state_dict``: take the tensors from here. Others are accepted for compatibility.
+
+        Raises:
+            ValueError: Unknown adapter.
+            NotADirectoryError: ``save_directory`` is a file.
+        """
+        if os.path.isfile(save_directory):
+            raise NotADirectoryError(f"Cannot save into {str(save_directory)!r}: it is a file. Give a folder.")
+        if path_initial_model_for_weight_conversion is not None:
+            raise NotImplementedError("path_initial_model_for_weight_conversion is not built in this version of peft.")
+        if not safe_serialization:
+            warn_pickle()
+        names = list(self.peft_config) if selected_adapters is None else require_adapters(self, selected_adapters, self.peft_config)
+        state_dict = kwargs.get("state_dict")
+        # Gather everything before anything is written.
+        tensors = {
+            name: checkpoints.get_peft_model_state_dict(
+                self, state_dict, name, save_embedding_layers=save_embedding_layers
+            )
+            for name in names
+        }
+        if not is_main_process:
+            return
+        for name in names:
+            config = copy.copy(self.peft_config[name])
+            config.inference_mode = True
+            base = self.get_base_model()
+            if config.task_type is None:
+                config.auto_mapping = {
+                    "base_model_class": type(base).__name__,
+                    "parent_library": type(base).__module__,
+                }
+            record_head(config, base, {n: m for n, m in self._heads_of(name)})
+            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
+            write_atomically(folder, {SAFETENSORS_WEIGHTS_NAME: safetensors_writer(tensors[name])})
+            config.save_pretrained(folder)
+        self.create_or_update_model_card(os.fspath(save_directory))
+
+    def _heads_of(self, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in adapted_modules(self):
+            if not isinstance(module, AdapterLayer) and module.has_adapter(adapter_name):
+                yield name, module
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write a ``README.md`` that says what the adapter is; an existing one keeps its text and gets its metadata updated."""
+        path = os.path.join(output_dir, "README.md")
+        text = model_card(path, self.peft_config, self.get_base_model())
+        write_atomically(output_dir, {"README.md": text.encode()})
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load an adapter onto a base model.
+
+        Args:
+            model: The base model, changed in place.
+            model_id: Folder or Hub id of the adapter.
+            adapter_name: Name it gets here.
+            is_trainable: Load it for further training; otherwise it is frozen and the model put into evaluation mode.
+            config: Use this configuration instead of the file's.
+            autocast_adapter_dtype: Keep its parameters in float32 where the base model is in half precision.
+            ephemeral_gpu_offload: Not built yet.
+            low_cpu_mem_usage: Accepted for compatibility: parameters are always made on the meta device and then assigned.
+            key_mapping: Regular expressions and replacements, applied to the keys of the file.
+            strict: Raise instead of warning about missing or unexpected keys and other doubtful things.
+            **kwargs: ``subfolder``, ``torch_device``, ``ignore_mismatched_sizes`` and download arguments (``revision``, ``token``, …).
+
+        Returns:
+            The model, of the class that the adapter's task type names.
+
+        Raises:
+            ValueError: No adapter there, or it does not fit the model.
+        """
+        _refuse_offload(ephemeral_gpu_offload)
+        if config is None:
+            config = PeftConfig.from_pretrained(model_id, **_config_kwargs(kwargs))
+        elif not isinstance(config, PeftConfig):
+            raise ValueError(f"The input config must be a PeftConfig, got {type(config).__name__}.")
+        else:
+            config = copy.copy(config)
+        config.inference_mode = not is_trainable
+        weights = _read_weights(model_id, key_mapping, kwargs)
+        from .mapping import model_class
+
+        with strictness(strict):
+            holder = model_class(config, cls)(
+                model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True
+            )
+            try:
+                holder._take(weights, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False))
+            except Exception:
+                with contextlib.suppress(Exception):
+                    holder.base_model._unload([], False)
+                raise
+        if not is_trainable:
+            holder.eval()
+        return holder
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> checkpoints.LoadResult:
+        """Load a further adapter, or read the weights of one that is there already from a file.
+
+        The active adapter stays the active one, and no flag of anything else changes.
+
+        Args:
+            model_id: Folder or Hub id of the adapter.
+            adapter_name: Name it gets here; if it exists, its weights are replaced.
+            is_trainable: Load it for training.
+            torch_device: Where to read the tensors to; they end up on the devices of the layers that they belong to.
+            autocast_adapter_dtype: Keep its parameters in float32 where the base model is in half precision.
+            ephemeral_gpu_offload: Not built yet.
+            low_cpu_mem_usage: Accepted for compatibility: parameters are always made on the meta device and then assigned.
+            key_mapping: Regular expressions and replacements, applied to the keys of the file.
+            strict: Raise instead of warning about missing or unexpected keys.
+            **kwargs: ``subfolder``, ``ignore_mismatched_sizes`` and download arguments (``revision``, ``token``, …).
+
+        Returns:
+            Missing, unexpected and mismatched keys.
+
+        Raises:
+            ValueError: No adapter there, or it does not fit the model. The model is as it was.
+        """
+        _refuse_offload(ephemeral_gpu_offload)
+        kwargs = {**kwargs, "torch_device": torch_device}
+        is_new = adapter_name not in self.peft_config
+        config = None
+        if is_new:
+            check_adapter_name(adapter_name, self.peft_config)
+            config = PeftConfig.from_pretrained(model_id, **_config_kwargs(kwargs))
+            config.inference_mode = not is_trainable
+        weights = _read_weights(model_id, key_mapping, kwargs)
+        with strictness(strict):
+            if config is not None:
+                self.add_adapter(
+                    adapter_name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast_adapter_dtype
+                )
+            try:
+                result = self._take(weights, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False))
+            except Exception:
+                if is_new:
+                    activation.delete_adapter(self, adapter_name)
+                    del self.peft_config[adapter_name]
+                raise
+        return result
+
+    def _take(
+        self, weights: dict[str, torch.Tensor], adapter_name: str, source: str, ignore_mismatched_sizes: bool
+    ) -> checkpoints.LoadResult:
+        result = checkpoints.set_peft_model_state_dict(
+            self, weights, adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes
+        )
+        checkpoints.report(result, adapter_name, source)
+        return result
+
+    # -- numbers ---------------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of trainable parameters, and of all."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trainable parameters, of all parameters, and the percentage."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """State of each adapted layer."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """State of the model."""
+        return status.get_model_status(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter can be written as plain LoRA."""
+        layers = [m for _, m in adapted_modules(self) if isinstance(m, AdapterLayer) and m.has_adapter(adapter_name)]
+        return bool(layers) and all(getattr(m, "supports_lora_conversion", lambda n: False)(adapter_name) for m in layers)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype, if it says one."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A sequence classifier; its head is trained and saved with the adapter."""
+
+    head_names = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A token classifier; its head is trained and saved with the adapter."""
+
+    head_names = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """An extractive question answerer; its head is trained and saved with the adapter."""
+
+    head_names = ("qa_outputs",)
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """An encoder whose hidden states are used."""
+
+
+class _Generating(PeftModel):
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
+
+
+class PeftModelForCausalLM(_Generating):
+    """A causal language model."""
+
+
+class PeftModelForSeq2SeqLM(_Generating):
+    """An encoder-decoder."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    TaskType.SEQ_CLS.value: PeftModelForSequenceClassification,
+    TaskType.SEQ_2_SEQ_LM.value: PeftModelForSeq2SeqLM,
+    TaskType.CAUSAL_LM.value: PeftModelForCausalLM,
+    TaskType.TOKEN_CLS.value: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
+}
+
+
+def enable_input_gradients(model: nn.Module) -> None:
+    """Let the embeddings' output require gradients, as checkpointed blocks over a frozen embedding need."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+        return
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None:
+        doubt("The model has no input embeddings to let gradients flow from; checkpointed blocks may not train.")
+    else:
+        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
+def _refuse_offload(ephemeral_gpu_offload: bool) -> None:
+    if ephemeral_gpu_offload:
+        raise NotImplementedError("ephemeral_gpu_offload is not built in this version of peft. Leave it out.")
+
+
+def _config_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"subfolder": kwargs.get("subfolder"), **hub_kwargs(kwargs)[0]}
+
+
+_LOADING_KEYS = {
+    "subfolder", "torch_device", "ignore_mismatched_sizes", "use_safetensors", "device_map", "max_memory", "offload_folder",
+    "offload_dir", "offload_index", "adapter_name", "low_cpu_mem_usage",
+}  # fmt: skip
+
+
+def _read_weights(
+    model_id: str | os.PathLike, key_mapping: dict[str, str] | None, kwargs: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    download, others = hub_kwargs(kwargs)
+    unknown = sorted(set(others) - _LOADING_KEYS)
+    if unknown:
+        warnings.warn(f"Arguments {unknown} are not known here and have no effect.", PeftWarning, stacklevel=4)
+    device = kwargs.get("torch_device") or "cpu"
+    return load_peft_weights(
+        model_id, device=device, key_mapping=key_mapping, subfolder=kwargs.get("subfolder"), **download
+    )
+
+
+__all__ = [
+    "CONFIG_NAME", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification", "infer_device",
+]  # fmt: skip

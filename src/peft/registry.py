@@ -1,0 +1,109 @@
+"""The one table of methods: which configuration and which layer or model class belong to a PEFT type.
+
+Adding a method is one file in ``peft/tuners`` and one line here. Classes are named by path and imported on first use, so that
+``import peft`` stays cheap. Code outside the package registers its own method with :func:`register_method`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One registered method.
+
+    Args:
+        peft_type: The value that ``adapter_config.json`` carries, upper case, for example ``"LORA"``.
+        module: Import path of the method's file.
+        config: Name of its configuration class in that file.
+        tuner: Name of its :class:`~peft.core.tuner.BaseTuner` subclass in that file.
+    """
+
+    peft_type: str
+    module: str
+    config: str
+    tuner: str
+
+    @cached_property
+    def config_cls(self) -> type[Any]:
+        return getattr(importlib.import_module(self.module), self.config)
+
+    @cached_property
+    def tuner_cls(self) -> type[Any]:
+        return getattr(importlib.import_module(self.module), self.tuner)
+
+
+_METHODS: dict[str, Method] = {
+    m.peft_type: m
+    for m in (Method("LORA", "peft.tuners.lora", "LoraConfig", "LoraModel"),)
+}  # fmt: skip
+
+
+def register_method(peft_type: str, *, config_cls: type[Any], tuner_cls: type[Any]) -> Method:
+    """Make a method known to the library.
+
+    Args:
+        peft_type: Upper-case name, stored in the adapter's configuration file.
+        config_cls: A :class:`~peft.PeftConfig` dataclass.
+        tuner_cls: A :class:`~peft.core.tuner.BaseTuner` subclass.
+
+    Returns:
+        The registered method.
+
+    Raises:
+        ValueError: The name is not upper case, or another class already has it.
+    """
+    if peft_type != peft_type.upper() or not peft_type:
+        raise ValueError(f"A PEFT type is an upper-case name, got {peft_type!r}.")
+    known = _METHODS.get(peft_type)
+    if known is not None and known.config_cls is not config_cls:
+        raise ValueError(f"{peft_type!r} is already registered with {known.config_cls.__name__}; choose another name.")
+    method = Method(peft_type, config_cls.__module__, config_cls.__qualname__, tuner_cls.__qualname__)
+    # Classes defined inside a function cannot be found by path: fill the cached properties directly.
+    method.__dict__["config_cls"] = config_cls
+    method.__dict__["tuner_cls"] = tuner_cls
+    _METHODS[peft_type] = method
+    return method
+
+
+def is_registered(peft_type: Any) -> bool:
+    """Whether a method of this type is built or registered."""
+    return _name(peft_type) in _METHODS
+
+
+def registered_types() -> list[str]:
+    """The names of all registered methods, sorted."""
+    return sorted(_METHODS)
+
+
+def get_method(peft_type: Any) -> Method:
+    """Look a method up.
+
+    Args:
+        peft_type: A :class:`~peft.PeftType` or its string value.
+
+    Raises:
+        NotImplementedError: The type is a known one of the field, but not built here.
+        ValueError: The type is unknown.
+    """
+    from .config import PeftType
+    from .core.errors import did_you_mean
+
+    name = _name(peft_type)
+    if name in _METHODS:
+        return _METHODS[name]
+    if name in PeftType.__members__:
+        raise NotImplementedError(
+            f"The method {name} is not built in this version of peft. Built: {', '.join(registered_types())}."
+        )
+    raise ValueError(
+        f"Unknown PEFT type {name!r}{did_you_mean(name, _METHODS)}. Known types: {', '.join(registered_types())}."
+    )
+
+
+def _name(peft_type: Any) -> str:
+    return str(getattr(peft_type, "value", peft_type)).upper()

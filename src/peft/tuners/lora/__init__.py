@@ -1,0 +1,7 @@
+"""LoRA: low-rank updates of frozen weights (Hu et al. 2021, arXiv 2106.09685)."""
+
+from .config import LoraConfig, LoraRuntimeConfig
+from .layer import Embedding, Linear, LoraLayer
+from .model import LoraModel
+
+__all__ = ["Embedding", "Linear", "LoraConfig", "LoraLayer", "LoraModel", "LoraRuntimeConfig"]

@@ -1,0 +1,135 @@
+"""LoRA's layer: ``y = W x + s B A x`` (Hu et al. 2021, arXiv 2106.09685, eq. 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.errors import doubt
+from ...core.layer import AdapterLayer
+
+
+class LoraLayer(AdapterLayer):
+    """A layer with LoRA adapters.
+
+    ``lora_A[name].weight`` has shape (r, in_features) and ``lora_B[name].weight`` (out_features, r); on embeddings the parameters
+    ``lora_embedding_A[name]`` and ``lora_embedding_B[name]`` have these shapes.
+    """
+
+    linear_slots = ("lora_A", "lora_B")
+    parameter_slots = ("lora_embedding_A", "lora_embedding_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self._start_scaling: dict[str, float] = {}
+
+    def settings(self, config: Any, target: str) -> dict[str, Any]:
+        r = config.pattern_value("rank_pattern", target, config.r)
+        alpha = config.pattern_value("alpha_pattern", target, config.lora_alpha)
+        if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
+            raise ValueError(f"the rank should be a positive integer, got {r!r}")
+        stored_transposed = self.kind.name == "Conv1D"
+        if config.fan_in_fan_out != stored_transposed and self.kind.name in ("Linear", "Conv1D"):
+            doubt(
+                f"fan_in_fan_out is {config.fan_in_fan_out}, but the target {target!r} is a {self.kind.name}. "
+                f"Setting fan_in_fan_out to {stored_transposed}."
+            )
+            config.fan_in_fan_out = stored_transposed
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "scaling": alpha / math.sqrt(r) if config.use_rslora else alpha / r,
+            "lora_dropout": nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity(),
+        }
+
+    def shapes(self, config: Any, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        a, b = self._slots()
+        return {a: (settings["r"], self.in_features), b: (self.out_features, settings["r"])}
+
+    def start(self, tensors: dict[str, torch.Tensor], config: Any, settings: dict[str, Any]) -> None:
+        a, b = (tensors[slot] for slot in self._slots())
+        if self.kind.takes_indices:  # as the authors do: A zero, B normal
+            a.zero_()
+            b.normal_()
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            b.zero_()
+        if config.init_lora_weights == "gaussian":
+            a.normal_(std=1 / settings["r"])
+            b.zero_()
+        elif config.init_lora_weights is False:  # not the identity: for tests
+            (a if self.kind.takes_indices else b).normal_(std=1 / settings["r"])
+
+    def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
+        a, b = self.factors(name)
+        return (b @ a) * self.scaling[name]
+
+    def after(self, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()) -> torch.Tensor:
+        a, b = self.factors(name)
+        base = self.get_base_layer()
+        x = self.cast_input(x, a.dtype)
+        if not self.kind.takes_indices:
+            x = self.lora_dropout[name](x)
+        return y + self.kind.mix(base, self.kind.product(base, x, a), b) * self.scaling[name]
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, shape (r, in_features), and B, shape (out_features, r), of an adapter."""
+        if self.kind.takes_indices:
+            return self.lora_embedding_A[name], self.lora_embedding_B[name]
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def _slots(self) -> tuple[str, str]:
+        return ("lora_embedding_A", "lora_embedding_B") if self.kind.takes_indices else ("lora_A", "lora_B")
+
+    # -- scaling at run time ---------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scaling to ``scale`` times what its configuration says; absent adapters are passed over."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._configured_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of all active adapters."""
+        if scale != 1:
+            for name in self.active_adapters:
+                if name in self.scaling:
+                    self._configured_scaling(name)
+                    self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of all active adapters, or set it back to what the configuration says."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                configured = self._configured_scaling(name)
+                self.scaling[name] = configured if scale is None else self.scaling[name] / scale
+
+    def _configured_scaling(self, name: str) -> float:
+        return self._start_scaling.setdefault(name, self.scaling[name])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._start_scaling.pop(adapter_name, None)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter can be written as plain LoRA: it is."""
+        return True
+
+
+class Linear(LoraLayer):
+    """LoRA on a linear layer."""
+
+
+class Embedding(LoraLayer):
+    """LoRA on an embedding."""
+
+
+LAYERS = {"Embedding": Embedding}
