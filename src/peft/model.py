@@ -70,7 +70,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.special_peft_forward_args = {"adapter_names", "allow_mixed_training"}
         cast_adapter_dtype(self.base_model, adapter_name, autocast_adapter_dtype)
         self._name_base(peft_config)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if is_checkpointing(model):
             self.prepare_model_for_gradient_checkpointing(model)
         # Tensor parallelism inside pretraining splits weights in a way that adapters do not see.
         base_config = getattr(model, "config", None)
@@ -539,6 +539,13 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
 }
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether the model recomputes activations in the backward pass."""
+    current = getattr(type(model), "is_activation_checkpointing", None)  # the newer name in transformers
+    name = "is_gradient_checkpointing" if current is None else "is_activation_checkpointing"
+    return bool(getattr(model, name, False))
 
 
 def enable_input_gradients(model: nn.Module) -> None:
