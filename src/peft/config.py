@@ -222,7 +222,7 @@ class PeftConfig(PushToHubMixin):
         download, overrides = hub_kwargs(kwargs)
         path = fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **download)
         if path is None:
-            where = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
+            where = os.path.join(str(pretrained_model_name_or_path), *([subfolder] if subfolder else []))
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{where}'. Is it the folder or Hub id of an adapter?")
         values = {**cls.from_json_file(path), **overrides}
         if cls is not PeftConfig and values.get("peft_type") is None:

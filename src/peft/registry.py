@@ -80,6 +80,16 @@ def registered_types() -> list[str]:
     return sorted(_METHODS)
 
 
+def class_by_name(name: str) -> type[Any] | None:
+    """A configuration or model class of a registered method by its name, or ``None``."""
+    for method in _METHODS.values():
+        if name == method.config:
+            return method.config_cls
+        if name == method.tuner:
+            return method.tuner_cls
+    return None
+
+
 def get_method(peft_type: Any) -> Method:
     """Look a method up.
 

@@ -98,26 +98,27 @@ _FAMILIES: tuple[tuple[Defaults, str], ...] = (
     # ---- decoders ---------------------------------------------------------------------------------------------------
     (
         _LLAMA,
-        "apertus arcee bamba bitnet cohere cohere2 csm cwm diffllama doge dots1 emu3 ernie4_5 ernie4_5_moe esmc eurobert "
-        "exaone4 exaone_moe falcon_h1 gemma3n_text gemma4_text glm glm4 glm4_moe glm4v_moe_text glm4v_text glm_ocr_text "
-        "granite granite_swa helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 jais2 jamba llama "
-        "mimo_v2_flash ministral ministral3 mistral nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid qwen2_5_vl_text qwen2_moe "
-        "qwen2_vl_text qwen3_vl_text recurrent_gemma seed_oss smollm3 solar_open stablelm vaultgemma",
+        "apertus arcee bamba bitnet cohere cohere2 csm cwm diffllama doge dots1 ernie4_5 ernie4_5_moe esmc eurobert "
+        "exaone4 exaone_moe falcon_h1 gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4v_moe_text "
+        "glm4v_text glm_ocr_text granite granite_swa helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 "
+        "hyperclovax internlm3 iquestcoder jais2 jamba kolibri1 llama mimo_v2_flash ministral ministral3 mistral "
+        "mllama_text_model nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid qwen2_5_vl_text qwen2_moe qwen2_vl_text "
+        "qwen3_vl_text recurrent_gemma seed_oss smollm3 solar_open stablelm vaultgemma",
     ),
     (_GEMMA, "gemma gemma2 gemma3_text llama4 llama4_text qwen2 qwen3"),
     (
         _STACKED_EXPERTS,
-        "aria_text flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared mellum minimax_m2 olmoe "
+        "aria_text cohere2_moe flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared mellum minimax_m2 olmoe "
         "phimoe qwen3_moe qwen3_vl_moe_text",
     ),
     (Defaults(("q_proj", "v_proj", "qkv_proj"), ("k_proj", "v_proj", "qkv_proj"), ()), "minimax"),
-    (Defaults(("q_proj", "v_proj"), ("k_proj", "v_proj", "w2"), ("w2",)), "mixtral lfm2"),
+    (Defaults(("q_proj", "v_proj"), ("k_proj", "v_proj", "w2"), ("w2",)), "mixtral lfm2 lfm3"),
     (Defaults(("q_proj", "v_proj"), ("k_proj", "v_proj", "mlp.c_proj"), ("mlp.c_proj",)), "starcoder2"),
     (Defaults(("q_proj", "v_proj", "fc1", "fc2"), ("q_proj", "v_proj", "fc2"), ("fc2",)), "phi"),
     (Defaults(("qkv_proj",), ("qkv_proj", "down_proj"), ("down_proj",)), "phi3"),
     (
         _LATENT,
-        "deepseek_v2 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 mistral4 youtu",
+        "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 mistral4 youtu",
     ),
     (_GATED_DELTA, "qwen3_next qwen3_5_text qwen3_5_moe_text"),
     (_FUSED_QKV, "falcon RefinedWeb RefinedWebModel gpt_neox gpt_neox_japanese persimmon fuyu"),
@@ -140,9 +141,18 @@ _FAMILIES: tuple[tuple[Defaults, str], ...] = (
     # ---- encoders ---------------------------------------------------------------------------------------------------
     (
         _BERT,
-        "bert bert-generation big_bird bros camembert canine convbert data2vec-text dpr electra ernie esm flava layoutlm "
+        "bert bert-generation bros camembert canine convbert data2vec-text dpr electra ernie esm flava layoutlm "
         "layoutlmv3 lilt longformer luke lxmert markuplm megatron-bert mobilebert mra nystromformer rembert roberta "
         "roberta-prelayernorm roc_bert roformer splinter tapas tvp visual_bert vilt xlm-roberta xlm-roberta-xl xmod yoso",
+    ),
+    # As BERT, but for a head that has an ``output.dense`` too.
+    (
+        Defaults(
+            ("query", "value"),
+            r".*\.(key|value|(attention|\d+)\.output\.dense)",
+            r".*\.(attention|\d+)\.output\.dense",
+        ),
+        "big_bird",
     ),
     (Defaults(("query", "value"), ("key", "value", "ffn_output"), ("ffn_output",)), "albert"),
     (Defaults(("query", "value"), ("key", "value", "mlp.dense2"), ("mlp.dense2",)), "perceiver"),
@@ -173,7 +183,7 @@ _FAMILIES: tuple[tuple[Defaults, str], ...] = (
     (Defaults(("q_proj", "v_proj"), ("q_proj", "k_proj", "fc2"), ("fc2",)), "opt"),
     (
         _BART,
-        "biogpt blenderbot blenderbot-small fsmt m2m_100 marian mbart moonshine mvp nllb-moe pegasus pegasus_x plbart "
+        "biogpt blenderbot blenderbot-small fsmt m2m_100 marian mbart moonshine mvp nllb-moe pegasus nanochat pegasus_x plbart "
         "speech_to_text trocr whisper xglm",
     ),
     # Encoder and decoder name their projections differently.
@@ -226,12 +236,20 @@ _FAMILIES: tuple[tuple[Defaults, str], ...] = (
     (_QFORMER, "instructblip instructblipvideo"),
     (
         _LANGUAGE_MODEL,
-        "aria audioflamingo3 aya_vision cohere2_vision deepseek_vl gemma3 gemma3n gemma4 glm4v glm4v_moe glm_ocr got_ocr2 "
+        "aria audioflamingo3 aya_vision cohere2_vision deepseek_vl gemma3 gemma3n gemma4 gemma4_unified glm4v glm4v_moe glm_ocr got_ocr2 "
         "granite_speech internvl janus lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 mllama ovis2 "
         "paddleocr_vl paligemma qwen2_5_vl qwen2_audio qwen2_vl qwen3_vl vibevoice_asr video_llama_3 video_llava vipllava "
         "voxtral",
     ),
     (_LANGUAGE_MODEL_STACKED_EXPERTS, "qwen3_vl_moe"),
+    (
+        Defaults(
+            r".*language_model\..*\.(q_proj|v_proj|in_proj_qkvz?)",
+            r".*language_model\..*\.(k_proj|v_proj|in_proj_qkvz?|down_proj)",
+            r".*language_model\..*\.down_proj",
+        ),
+        "qwen3_5 qwen3_5_moe",
+    ),
     (
         Defaults(
             r".*language_model\..*\.(q_proj|v_proj)",

@@ -169,6 +169,11 @@ def report(result: LoadResult, adapter_name: str, source: str) -> None:
             "They keep their start values. Is the file complete, and the base model the right one? (Found missing adapter keys "
             "while loading the checkpoint.)"
         )
+    if result.mismatched_keys:
+        doubt(
+            f"{len(result.mismatched_keys)} tensors of {source} have other shapes than the model's and were left out, as "
+            f"ignore_mismatched_sizes asks: {shorten(result.mismatched_keys, 4)}. These parameters keep their start values."
+        )
     if result.unexpected_keys:
         doubt(
             f"{source} holds {len(result.unexpected_keys)} tensors that the model has no place for: "
@@ -239,12 +244,13 @@ def _vocab_size_on_disk(path: str) -> int | None:
 
 def _placed(key: str, places: Mapping[str, str]) -> str | None:
     """The key by which the model knows a key of a file, or ``None``."""
-    bare = key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")
-    for candidate in (key, bare, PREFIX + key, PREFIX + bare):
+    bare, half = key.removeprefix(PREFIX), key.removeprefix("base_model.")
+    candidates = (key, bare, half, PREFIX + key, PREFIX + half)
+    for candidate in candidates:
         if candidate in places:
             return candidate
     # A base layer's own tensors change their name when another adapter wraps the layer.
-    for candidate in (bare, PREFIX + bare):
+    for candidate in candidates:
         stem, _, leaf = candidate.rpartition(".")
         twin = f"{stem.removesuffix('.base_layer')}.{leaf}" if stem.endswith(".base_layer") else f"{stem}.base_layer.{leaf}"
         if twin in places:

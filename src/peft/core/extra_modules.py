@@ -135,13 +135,10 @@ def is_fresh(module: nn.Module) -> bool:
     return not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters())
 
 
-def resized_head(module: nn.Module, num_labels: int) -> nn.Module | None:
-    """A copy of a classification head with another number of outputs, newly initialised; ``None`` if it has no last layer."""
+def resized_head(module: nn.Module, num_labels: int) -> nn.Module:
+    """A copy of a classification head with another number of outputs; its last linear layer is newly initialised."""
     head = copy.deepcopy(module)
-    last = [(name, m) for name, m in head.named_modules() if isinstance(m, nn.Linear)]
-    if not last:
-        return None
-    name, linear = last[-1]
+    name, linear = [(n, m) for n, m in head.named_modules() if isinstance(m, nn.Linear)][-1]
     new = nn.Linear(linear.in_features, num_labels, linear.bias is not None).to(linear.weight.device, linear.weight.dtype)
     new.training = linear.training
     if not name:
@@ -170,34 +167,33 @@ def fit_head(model: nn.Module, config: Any, heads: dict[str, nn.Module]) -> None
     """
     wanted = getattr(config, "num_labels", None)
     model_config = getattr(model, "config", None)
-    if wanted is None or model_config is None or getattr(model_config, "num_labels", wanted) == wanted:
+    if wanted is None or model_config is None or not hasattr(model, "num_labels"):
         return
-    for name, module in heads.items():
-        if name.rsplit(".", 1)[-1] not in (*HEAD_NAMES, "qa_outputs"):
+    trained = {n: m for n, m in heads.items() if n.rsplit(".", 1)[-1] in HEAD_NAMES}
+    for name, module in trained.items():
+        used = isinstance(module, AuxiliaryTrainingWrapper)
+        found = head_outputs(module.original_module if used else module)
+        if found is None or found == wanted:
             continue
-        original = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
-        if head_outputs(original) == wanted:
-            continue
-        if isinstance(module, AuxiliaryTrainingWrapper) or not is_fresh(original):
+        if used or not is_fresh(module):
             raise ValueError(
-                f"The adapter was trained with {wanted} labels, but the head {name!r} of this model has "
-                f"{head_outputs(original)} and is already trained or in use. Load the base model with num_labels={wanted}."
+                f"The adapter was trained with {wanted} labels, but the head {name!r} of this model has {found} and is already "
+                f"trained or in use. Load the base model with num_labels={wanted}."
             )
-        new = resized_head(original, wanted)
-        if new is None:
-            continue
         parent_name, _, child = name.rpartition(".")
+        heads[name] = new = resized_head(module, wanted)
         setattr(model.get_submodule(parent_name), child, new)
-        heads[name] = new
-    # A head of another kind (a model of ours, a convolution) keeps its size; only then the config would be wrong.
-    model_config.num_labels = wanted
-    if config.id2label:
-        model_config.id2label = {int(k): v for k, v in config.id2label.items()}
-        model_config.label2id = {v: int(k) for k, v in config.id2label.items()}
-    if config.problem_type is not None:
-        model_config.problem_type = config.problem_type
-    if hasattr(model, "num_labels"):
-        model.num_labels = wanted
+        model_config.num_labels = model.num_labels = wanted  # type: ignore[assignment]
+    if trained and all(is_fresh(m) for m in heads.values()) and _labels_are_unnamed(model_config):
+        if config.id2label and len(config.id2label) == model_config.num_labels:
+            model_config.id2label = {int(k): v for k, v in config.id2label.items()}
+            model_config.label2id = {v: int(k) for k, v in config.id2label.items()}
+        if config.problem_type is not None:
+            model_config.problem_type = config.problem_type
+
+
+def _labels_are_unnamed(model_config: Any) -> bool:
+    return all(v == f"LABEL_{k}" for k, v in (model_config.id2label or {}).items())
 
 
 def record_head(config: Any, model: nn.Module, heads: dict[str, nn.Module]) -> None:

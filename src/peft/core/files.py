@@ -161,7 +161,7 @@ def load_peft_weights(
     else:
         path = fetch(model_id, WEIGHTS_NAME, subfolder, **download)
         if path is None:
-            where = os.path.join(str(model_id), subfolder or "")
+            where = os.path.join(str(model_id), *([subfolder] if subfolder else []))
             raise ValueError(
                 f"Can't find weights for the adapter in {where!r}: expected {SAFETENSORS_WEIGHTS_NAME!r} "
                 f"(or {WEIGHTS_NAME!r} from old versions). Is it the folder or Hub id of an adapter?"

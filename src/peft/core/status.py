@@ -21,7 +21,7 @@ class TunerLayerStatus:
 
     Args:
         name: Name of the layer in the base model's holder.
-        module_type: Kind of layer, such as ``lora.Linear``.
+        module_type: Method and kind of layer, as printed for the module.
         enabled: Whether adapters are switched on.
         active_adapters: Names of the active adapters.
         merged_adapters: Names of the adapters merged into the base weight.

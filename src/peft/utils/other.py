@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..core.activation import set_adapter
-from ..core.architectures import targets_by_model_type
+from ..core.architectures import DEFAULTS
 from ..core.extra_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, infer_device
 from ..core.layer import adapted_modules
@@ -22,7 +22,9 @@ from ..core.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..core.targets import EMBEDDING_NAMES
 
 EMBEDDING_LAYER_NAMES = list(EMBEDDING_NAMES)
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = targets_by_model_type("attention")
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = {
+    name: row.attention if isinstance(row.attention, str) else list(row.attention) for name, row in DEFAULTS.items()
+}
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
