@@ -236,4 +236,4 @@ def test_injected_models_take_one_more_adapter():
     model = inject_adapter_in_model(LoraConfig(target_modules=["first"]), Net())
     inject_adapter_in_model(LoraConfig(target_modules=["second"]), model, "other")
     assert sorted(model.peft_config) == ["default", "other"]
-    assert {n: m.active_adapters for n, m in adapted_modules(model)} == {"first": ["default"], "second": ["default"]}
+    assert {n: m.active_adapters for n, m in adapted_modules(model)} == {"first": ["other"], "second": ["other"]}

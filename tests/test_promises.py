@@ -427,7 +427,7 @@ def test_wrong_mixed_batches_are_errors(setting, base):
     model.eval()
     if all(m.why_no_merge is None for _, m in adapted_modules(model) if isinstance(m, AdapterLayer)):
         model.merge_adapter()
-        with pytest.raises(RuntimeError, match="unmerge_adapter"):
+        with pytest.raises(ValueError, match="unmerge_adapter"):
             logits(model, base, adapter_names=["default"] * 4)
 
 

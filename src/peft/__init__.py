@@ -12,7 +12,7 @@ _PLACES = {
     "core.errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
     "mapping": ("get_peft_config", "get_peft_model", "inject_adapter_in_model"),
     "model": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
@@ -28,7 +28,7 @@ _PLACES = {
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 _SUBMODULES = {
-    "auto", "config", "core", "functional", "helpers", "kernels", "mapping", "mapping_func", "model", "peft_model", "registry",
+    "auto", "config", "core", "functional", "helpers", "kernels", "mapping", "mapping_func", "mixed_model", "model", "peft_model", "registry",
     "tuners", "utils",
 }  # fmt: skip
 
@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from .mapping import get_peft_config as get_peft_config
     from .mapping import get_peft_model as get_peft_model
     from .mapping import inject_adapter_in_model as inject_adapter_in_model
+    from .model import PeftMixedModel as PeftMixedModel
     from .model import PeftModel as PeftModel
     from .model import PeftModelForCausalLM as PeftModelForCausalLM
     from .model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction

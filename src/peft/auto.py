@@ -35,6 +35,7 @@ class _AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        import_allowlist: list[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load the base model that an adapter names, and the adapter onto it.
@@ -45,6 +46,8 @@ class _AutoPeftModel:
             is_trainable: Load it for further training.
             config: Use this configuration instead of the file's.
             revision: Revision of the adapter.
+            import_allowlist: Packages besides ``transformers`` from which the class of the base model may be imported, where the
+                adapter names one. An adapter's file decides what is imported, so others are refused.
             **kwargs: For the base model's ``from_pretrained``; download arguments serve both.
 
         Raises:
@@ -64,7 +67,7 @@ class _AutoPeftModel:
         task = TaskType(peft_config.task_type) if peft_config.task_type is not None else None
         if cls._task is not None and task is not None and task is not cls._task:
             raise ValueError(f"Expected an adapter for {cls._task.value}, but this one is for {task.value}. Use the matching Auto class.")
-        base_cls = _base_class(cls._auto_class, task, peft_config)
+        base_cls = _base_class(cls._auto_class, task, peft_config, import_allowlist or [])
         base_kwargs = {k: v for k, v in kwargs.items() if k != "revision"}
         if peft_config.num_labels is not None and "num_labels" not in kwargs and "config" not in kwargs:
             base_kwargs["num_labels"] = peft_config.num_labels
@@ -95,7 +98,7 @@ class _AutoPeftModel:
             base.resize_token_embeddings(len(tokenizer))
 
 
-def _base_class(auto_class: str | None, task: TaskType | None, config: PeftConfig) -> Any:
+def _base_class(auto_class: str | None, task: TaskType | None, config: PeftConfig, allowed: list[str]) -> Any:
     import transformers
 
     if auto_class is not None:
@@ -105,6 +108,12 @@ def _base_class(auto_class: str | None, task: TaskType | None, config: PeftConfi
         return getattr(transformers, by_task[task] or "AutoModel")
     mapping = config.auto_mapping or {}
     if {"base_model_class", "parent_library"} <= mapping.keys():
+        package = mapping["parent_library"].partition(".")[0]
+        if package not in {"transformers", *(a.partition(".")[0] for a in allowed)}:
+            raise ValueError(
+                f"The adapter asks to import its base model's class from {mapping['parent_library']!r}. If you trust that, pass "
+                f"import_allowlist=[{package!r}]; else load the base model yourself and use PeftModel.from_pretrained."
+            )
         return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
     raise ValueError(
         "The adapter records neither a task type nor the class of its base model. Use one of the AutoPeftModelFor… classes, or "

@@ -164,10 +164,8 @@ class PeftConfig(PushToHubMixin):
             **kwargs: ``auto_mapping_dict`` is stored as ``auto_mapping``; arguments for ``push_to_hub`` are accepted.
 
         Raises:
-            NotADirectoryError: The path is a file.
+            ValueError: The path is a file.
         """
-        if os.path.isfile(save_directory):
-            raise NotADirectoryError(f"Cannot save into {str(save_directory)!r}: it is a file. Give a folder.")
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         if auto_mapping is not None:
             self.auto_mapping = auto_mapping

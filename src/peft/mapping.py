@@ -13,7 +13,7 @@ from .config import PeftConfig, TaskType
 from .core.errors import PeftWarning, strictness
 from .core.injection import inject
 from .core.layer import adapted_modules
-from .model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftMixedModel, PeftModel
 from .registry import get_method
 
 
@@ -33,7 +33,7 @@ def get_peft_model(
         model: The base model, changed in place.
         peft_config: The adapter's configuration.
         adapter_name: Its name.
-        mixed: Allow adapters of different methods; the plain model does so already for weight methods.
+        mixed: Return a :class:`~peft.PeftMixedModel`. Every model here can hold adapters of several weight methods.
         autocast_adapter_dtype: Keep adapter parameters in float32 where the base model is in half precision.
         revision: Revision of the base model, recorded in the configuration.
         low_cpu_mem_usage: Make the adapter's parameters on the meta device.
@@ -45,8 +45,6 @@ def get_peft_model(
     Raises:
         ValueError: The configuration does not suit the model. The model is as it was.
     """
-    if mixed:
-        raise NotImplementedError("mixed=True is not built in this version of peft. Leave it out: see PeftModel.add_adapter.")
     if isinstance(model, PeftModel):
         raise ValueError(
             "The model is a PeftModel already. Use model.add_adapter(name, config) for a further adapter, or model.unload() first."
@@ -67,7 +65,7 @@ def get_peft_model(
     if new_name:
         peft_config.base_model_name_or_path = new_name
     with strictness(strict):
-        return model_class(peft_config)(
+        return (PeftMixedModel if mixed else model_class(peft_config))(
             model,
             peft_config,
             adapter_name=adapter_name,
@@ -91,7 +89,7 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     strict: bool | None = None,
 ) -> nn.Module:
-    """Put an adapter into a base model without a holder around it.
+    """Put an adapter into a base model without a holder around it, and make it the active one.
 
     Args:
         peft_config: The adapter's configuration.
@@ -109,7 +107,7 @@ def inject_adapter_in_model(
     """
     tuner_cls = get_method(peft_config.peft_type).tuner_cls
     with strictness(strict):
-        inject(model, peft_config, adapter_name, tuner_cls, on_meta=low_cpu_mem_usage, state_dict=state_dict)
+        inject(model, peft_config, adapter_name, tuner_cls, on_meta=low_cpu_mem_usage, state_dict=state_dict, activate=True)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -288,11 +289,11 @@ class PeftModel(PushToHubMixin, nn.Module):
             **kwargs: ``state_dict``: take the tensors from here. Others are accepted for compatibility.
 
         Raises:
-            ValueError: Unknown adapter.
-            NotADirectoryError: ``save_directory`` is a file.
+            ValueError: Unknown adapter, or ``save_directory`` is a file.
+            OSError: It cannot be written.
         """
         if os.path.isfile(save_directory):
-            raise NotADirectoryError(f"Cannot save into {str(save_directory)!r}: it is a file. Give a folder.")
+            raise ValueError(f"Provided path ({str(save_directory)!r}) should be a directory, not a file. Give a folder.")
         if path_initial_model_for_weight_conversion is not None:
             raise NotImplementedError("path_initial_model_for_weight_conversion is not built in this version of peft.")
         if not safe_serialization:
@@ -453,6 +454,8 @@ class PeftModel(PushToHubMixin, nn.Module):
                     activation.delete_adapter(self, adapter_name)
                     del self.peft_config[adapter_name]
                 raise
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
         return result
 
     def _take(
@@ -495,26 +498,65 @@ class PeftModel(PushToHubMixin, nn.Module):
         return getattr(self.get_base_model(), "dtype", None)
 
 
+def _task_forward(*names: str) -> Any:
+    """A ``forward`` with a task's own order of positional arguments, whatever the order of the base model's.
+
+    Args:
+        *names: Names of the arguments. Those not given are not passed on, so that a base model need not know them.
+    """
+
+    def forward(self: PeftModel, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if task_ids is not None:
+            raise ValueError("`task_ids` is for multitask prompts; this adapter's method has none.")
+        if len(args) > len(names):
+            raise TypeError(f"forward() takes at most {len(names)} positional arguments ({', '.join(names)}), got {len(args)}.")
+        given = dict(zip(names, args, strict=False))
+        if twice := sorted(given.keys() & kwargs.keys()):
+            raise TypeError(f"forward() got {twice} both by position and by name.")
+        given = {k: v for k, v in {**given, **kwargs}.items() if v is not None or k not in names}
+        return PeftModel.forward(self, **given)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter("self", kind)]
+        + [inspect.Parameter(n, kind, default=None) for n in (*names, "task_ids")]
+        + [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
+    )
+    forward.__doc__ = PeftModel.forward.__doc__
+    return forward
+
+
+_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
+
+
 class PeftModelForSequenceClassification(PeftModel):
     """A sequence classifier; its head is trained and saved with the adapter."""
 
     head_names = ("classifier", "score")
+    forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", "labels", *_OUTPUTS)
 
 
 class PeftModelForTokenClassification(PeftModel):
     """A token classifier; its head is trained and saved with the adapter."""
 
     head_names = ("classifier", "score")
+    forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", "labels", *_OUTPUTS)
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """An extractive question answerer; its head is trained and saved with the adapter."""
 
     head_names = ("qa_outputs",)
+    forward = _task_forward(
+        "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "start_positions", "end_positions",
+        *_OUTPUTS,
+    )  # fmt: skip
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     """An encoder whose hidden states are used."""
+
+    forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", *_OUTPUTS)
 
 
 class _Generating(PeftModel):
@@ -522,13 +564,31 @@ class _Generating(PeftModel):
         super().__init__(model, *args, **kwargs)
         self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
 
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """What the base model prepares for a step of generation."""
+        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+
 
 class PeftModelForCausalLM(_Generating):
     """A causal language model."""
 
+    forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", "labels", *_OUTPUTS)
+
 
 class PeftModelForSeq2SeqLM(_Generating):
     """An encoder-decoder."""
+
+    forward = _task_forward(
+        "input_ids", "attention_mask", "inputs_embeds", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds",
+        "labels", *_OUTPUTS,
+    )  # fmt: skip
+
+
+class PeftMixedModel(PeftModel):
+    """A model whose adapters are of different methods.
+
+    Every :class:`PeftModel` can hold adapters of several weight methods; this class exists because callers ask for it by name.
+    """
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
@@ -589,7 +649,7 @@ def _read_weights(
 
 
 __all__ = [
-    "CONFIG_NAME", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+    "CONFIG_NAME", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
     "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification", "infer_device",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import PeftError, PeftWarning
+from .errors import PeftWarning
 from .layer import BaseTunerLayer, adapted_modules, require_adapters
 
 
@@ -126,8 +126,8 @@ def check_not_merged(model: nn.Module, what: str) -> None:
     """Refuse an operation while adapters are merged.
 
     Raises:
-        PeftError: With how to mend it.
+        ValueError: With how to mend it.
     """
     for name, layer in adapted_modules(model):
         if layer.merged:
-            raise PeftError(f"Cannot {what} while adapters are merged ({name!r}: {layer.merged_adapters}). Call unmerge_adapter() first.")
+            raise ValueError(f"Cannot {what} while adapters are merged ({name!r}: {layer.merged_adapters}). Call unmerge_adapter() first.")

@@ -19,9 +19,8 @@ class Defaults:
         attention: What low-rank and similar methods adapt: queries and values, or the fused projection that holds them.
         key_value_feedforward: What methods that rescale activations adapt: keys, values and the layer that ends the
             feed-forward network. ``None``: no default.
-        feedforward: Those of ``key_value_feedforward`` that belong to the feed-forward network, whose *input* is rescaled.
-            Empty where the feed-forward network has no layer that could be adapted one by one, as with experts whose
-            weights are stacked into one parameter.
+        feedforward: Those of ``key_value_feedforward`` in the feed-forward network: their *input* is rescaled.
+            Empty where that network has no layer that could be adapted, as with experts stacked into one parameter.
     """
 
     attention: Targets
@@ -32,8 +31,8 @@ class Defaults:
 ROLES = ("attention", "key_value_feedforward", "feedforward")
 """The columns of the table."""
 
-# Most families follow one of a few naming schemes. Values for types that the field's configurations already rely on are
-# kept exactly as they are known there, oddities included, so that a configuration without targets means the same layers.
+# Most families follow one of a few naming schemes. Values that configurations in the field already rely on are kept
+# exactly as they are known there, oddities included: a configuration without targets means the same layers here.
 
 _LLAMA = Defaults(("q_proj", "v_proj"), ("k_proj", "v_proj", "down_proj"), ("down_proj",))
 _GEMMA = Defaults(("q_proj", "v_proj"), ("q_proj", "v_proj", "down_proj"), ("down_proj",))
@@ -59,7 +58,7 @@ _GATED_DELTA = Defaults(
 # Only this projection is called as a layer: fused scan kernels read the weights of the others past any adapter.
 _MAMBA = Defaults(("in_proj",))
 
-# Vision transformers were renamed in transformers 5 (query -> q_proj, output.dense -> mlp.fc2): one expression for both.
+# transformers 5 renamed the layers of vision transformers (query -> q_proj, output.dense -> mlp.fc2): both are meant.
 _VIT = Defaults(
     r".*\.(query|value|q_proj|v_proj)",
     r".*\.(key|value|k_proj|v_proj|\d+\.output\.dense|mlp\.(fc2|dense2|down_proj|weights_out))",
@@ -74,42 +73,40 @@ _TWO_TOWERS = Defaults(
     r".*\.(output\.dense|mlp\.fc2)",
 )
 
-# A language model that is shown images or sounds: only the language model is adapted, never the tower beside it.
-_LANGUAGE_MODEL = Defaults(
-    r".*language_model\..*\.(q_proj|v_proj)",
-    r".*language_model\..*\.(k_proj|v_proj|down_proj)",
-    r".*language_model\..*\.down_proj",
-)
-_LANGUAGE_MODEL_STACKED_EXPERTS = Defaults(
-    r".*language_model\..*\.(q_proj|v_proj)", r".*language_model\..*\.(k_proj|v_proj)", ()
-)
-_TEXT_MODEL = Defaults(
-    r".*text_model\..*\.(q_proj|v_proj)",
-    r".*text_model\..*\.(k_proj|v_proj|down_proj)",
-    r".*text_model\..*\.down_proj",
-)
-_QFORMER = Defaults(
-    r".*language_model\..*\.(q|v|q_proj|v_proj)",
-    r".*language_model\..*\.(k|v|k_proj|v_proj|wo|fc2)",
-    r".*language_model\..*\.(wo|fc2)",
-)
+
+def _inside(part: str, attention: str, keys_and_values: str, feedforward: str = "") -> Defaults:
+    """Defaults for a model of several parts of which only one is adapted, never an image or sound tower beside it."""
+    both = f"{keys_and_values}|{feedforward}" if feedforward else keys_and_values
+    return Defaults(
+        rf".*{part}\..*\.({attention})",
+        rf".*{part}\..*\.({both})",
+        rf".*{part}\..*\.({feedforward})" if feedforward else (),
+    )
+
+
+_LANGUAGE_MODEL = _inside("language_model", "q_proj|v_proj", "k_proj|v_proj", "down_proj")
+_QFORMER = _inside("language_model", "q|v|q_proj|v_proj", "k|v|k_proj|v_proj", "wo|fc2")
 
 _FAMILIES: tuple[tuple[Defaults, str], ...] = (
     # ---- decoders ---------------------------------------------------------------------------------------------------
     (
         _LLAMA,
-        "apertus arcee bamba bitnet cohere cohere2 csm cwm diffllama doge dots1 ernie4_5 ernie4_5_moe esmc eurobert "
+        "apertus arcee bamba bitnet cohere cohere2 cwm diffllama doge dots1 ernie4_5 ernie4_5_moe esmc eurobert "
         "exaone4 exaone_moe falcon_h1 gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4v_moe_text "
         "glm4v_text glm_ocr_text granite granite_swa helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 "
         "hyperclovax internlm3 iquestcoder jais2 jamba kolibri1 llama mimo_v2_flash ministral ministral3 mistral "
-        "mllama_text_model nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid qwen2_5_vl_text qwen2_moe qwen2_vl_text "
+        "mllama_text_model nemotron olmo olmo2 olmo3 olmo_hybrid qwen2_5_vl_text qwen2_moe qwen2_vl_text "
         "qwen3_vl_text recurrent_gemma seed_oss smollm3 solar_open stablelm vaultgemma",
+    ),
+    (
+        Defaults(("q_proj", "k_proj", "v_proj", "o_proj"), ("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+        "nemotron_h",
     ),
     (_GEMMA, "gemma gemma2 gemma3_text llama4 llama4_text qwen2 qwen3"),
     (
         _STACKED_EXPERTS,
-        "aria_text cohere2_moe flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared mellum minimax_m2 olmoe "
-        "phimoe qwen3_moe qwen3_vl_moe_text",
+        "aria_text cohere2_moe flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared mellum "
+        "minimax_m2 olmoe phimoe qwen3_moe qwen3_vl_moe_text",
     ),
     (Defaults(("q_proj", "v_proj", "qkv_proj"), ("k_proj", "v_proj", "qkv_proj"), ()), "minimax"),
     (Defaults(("q_proj", "v_proj"), ("k_proj", "v_proj", "w2"), ("w2",)), "mixtral lfm2 lfm3"),
@@ -143,7 +140,8 @@ _FAMILIES: tuple[tuple[Defaults, str], ...] = (
         _BERT,
         "bert bert-generation bros camembert canine convbert data2vec-text dpr electra ernie esm flava layoutlm "
         "layoutlmv3 lilt longformer luke lxmert markuplm megatron-bert mobilebert mra nystromformer rembert roberta "
-        "roberta-prelayernorm roc_bert roformer splinter tapas tvp visual_bert vilt xlm-roberta xlm-roberta-xl xmod yoso",
+        "roberta-prelayernorm roc_bert roformer splinter tapas tvp vilt visual_bert xlm-roberta xlm-roberta-xl xmod "
+        "yoso",
     ),
     # As BERT, but for a head that has an ``output.dense`` too.
     (
@@ -183,8 +181,8 @@ _FAMILIES: tuple[tuple[Defaults, str], ...] = (
     (Defaults(("q_proj", "v_proj"), ("q_proj", "k_proj", "fc2"), ("fc2",)), "opt"),
     (
         _BART,
-        "biogpt blenderbot blenderbot-small fsmt m2m_100 marian mbart moonshine mvp nllb-moe pegasus nanochat pegasus_x plbart "
-        "speech_to_text trocr whisper xglm",
+        "biogpt blenderbot blenderbot-small fsmt m2m_100 marian mbart moonshine mvp nanochat nllb-moe pegasus "
+        "pegasus_x plbart speech_to_text trocr whisper xglm",
     ),
     # Encoder and decoder name their projections differently.
     (
@@ -204,8 +202,9 @@ _FAMILIES: tuple[tuple[Defaults, str], ...] = (
     # ---- vision -----------------------------------------------------------------------------------------------------
     (
         _VIT,
-        "audio-spectrogram-transformer beit data2vec-vision deit depth_pro dinov2 dinov2_with_registers dinov3_vit donut-swin "
-        "dpt glpn ijepa maskformer-swin mobilevit pvt segformer swin swin2sr swinv2 videomae vit vit_mae vit_msn vivit yolos",
+        "audio-spectrogram-transformer beit data2vec-vision deit depth_pro dinov2 dinov2_with_registers dinov3_vit "
+        "donut-swin dpt glpn ijepa maskformer-swin mobilevit pvt segformer swin swin2sr swinv2 videomae vit vit_mae "
+        "vit_msn vivit yolos",
     ),
     (_VIT_FUSED_QKV, "hiera mgp-str vitdet"),
     (
@@ -218,8 +217,8 @@ _FAMILIES: tuple[tuple[Defaults, str], ...] = (
     # ---- images or sounds beside text -------------------------------------------------------------------------------
     (
         _TWO_TOWERS,
-        "align altclip bridgetower chinese_clip clip clipseg metaclip_2 owlv2 owlvit siglip siglip2 vision-text-dual-encoder "
-        "xclip",
+        "align altclip bridgetower chinese_clip clip clipseg metaclip_2 owlv2 owlvit siglip siglip2 "
+        "vision-text-dual-encoder xclip",
     ),
     (_BART, "clip_text_model"),
     (Defaults(("query", "value"), ("key", "value", "output.dense"), ("output.dense",)), "clap git"),
@@ -236,45 +235,20 @@ _FAMILIES: tuple[tuple[Defaults, str], ...] = (
     (_QFORMER, "instructblip instructblipvideo"),
     (
         _LANGUAGE_MODEL,
-        "aria audioflamingo3 aya_vision cohere2_vision deepseek_vl gemma3 gemma3n gemma4 gemma4_unified glm4v glm4v_moe glm_ocr got_ocr2 "
-        "granite_speech internvl janus lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 mllama ovis2 "
-        "paddleocr_vl paligemma qwen2_5_vl qwen2_audio qwen2_vl qwen3_vl vibevoice_asr video_llama_3 video_llava vipllava "
-        "voxtral",
+        "aria audioflamingo3 aya_vision cohere2_vision deepseek_vl gemma3 gemma3n gemma4 gemma4_unified glm4v "
+        "glm4v_moe glm_ocr got_ocr2 granite_speech internvl janus lighton_ocr llava llava_next llava_next_video "
+        "llava_onevision mistral3 mllama ovis2 paddleocr_vl paligemma qwen2_5_vl qwen2_audio qwen2_vl qwen3_vl "
+        "vibevoice_asr video_llama_3 video_llava vipllava voxtral",
     ),
-    (_LANGUAGE_MODEL_STACKED_EXPERTS, "qwen3_vl_moe"),
+    (_inside("language_model", "q_proj|v_proj", "k_proj|v_proj"), "qwen3_vl_moe"),
     (
-        Defaults(
-            r".*language_model\..*\.(q_proj|v_proj|in_proj_qkvz?)",
-            r".*language_model\..*\.(k_proj|v_proj|in_proj_qkvz?|down_proj)",
-            r".*language_model\..*\.down_proj",
-        ),
+        _inside("language_model", "q_proj|v_proj|in_proj_qkvz?", "k_proj|v_proj|in_proj_qkvz?", "down_proj"),
         "qwen3_5 qwen3_5_moe",
     ),
-    (
-        Defaults(
-            r".*language_model\..*\.(q_proj|v_proj)",
-            r".*language_model\..*\.(k_proj|v_proj|fc2)",
-            r".*language_model\..*\.fc2",
-        ),
-        "florence2",
-    ),
-    (
-        Defaults(
-            r".*language_model\..*\.(q_proj|v_proj)",
-            r".*language_model\..*\.(k_proj|v_proj|w2)",
-            r".*language_model\..*\.w2",
-        ),
-        "lfm2_vl",
-    ),
-    (_TEXT_MODEL, "idefics2 idefics3 smolvlm"),
-    (
-        Defaults(
-            r".*text_model\..*\.(q_proj|v_proj)",
-            r".*text_model\..*\.(k_proj|v_proj|fc2)",
-            r".*text_model\..*\.fc2",
-        ),
-        "kosmos-2",
-    ),
+    (_inside("language_model", "q_proj|v_proj", "k_proj|v_proj", "fc2"), "florence2"),
+    (_inside("language_model", "q_proj|v_proj", "k_proj|v_proj", "w2"), "lfm2_vl"),
+    (_inside("text_model", "q_proj|v_proj", "k_proj|v_proj", "down_proj"), "idefics2 idefics3 smolvlm"),
+    (_inside("text_model", "q_proj|v_proj", "k_proj|v_proj", "fc2"), "kosmos-2"),
     # ---- sound ------------------------------------------------------------------------------------------------------
     (_WAV2VEC2, "data2vec-audio hubert sew speecht5 unispeech unispeech-sat wav2vec2"),
     # Its attention reads the weights of its projections past any adapter: only the feed-forward layers are left.
@@ -356,8 +330,8 @@ NESTED_TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_
 def model_types_of(config: Any) -> list[str]:
     """The model types under which defaults for a model are looked up, the best first.
 
-    The model's own type comes first. A composite whose type is not in the table is treated as its language model, and an
-    encoder-decoder made of two models of one type as that type; of two different types neither would cover the other.
+    The model's own type comes first. A composite whose type is not in the table is treated as its language model, and
+    an encoder-decoder made of two models of one type as that type; of two types neither would cover the other.
 
     Args:
         config: A model's configuration: an object, or a dictionary.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .activation import configs_of
-from .errors import PeftError, doubt, shorten
+from .errors import MismatchError, PeftError, doubt, shorten
 from .injection import bias_parameters
 from .layer import AdapterLayer, BaseTunerLayer, adapted_modules, require_adapters
 from .targets import EMBEDDING_NAMES
@@ -95,9 +95,9 @@ def get_peft_model_state_dict(
         )
     if wants_embeddings(model, adapter_name, save_embedding_layers):
         source = model.state_dict() if state_dict is None else state_dict
-        for name in embedding_weights(model):
-            if name in source:
-                result[name] = source[name]
+        names = [n for n in embedding_weights(model) if n in source]
+        adapted = [n for n in names if n.endswith(".base_layer.weight")]
+        result.update({n: source[n] for n in adapted or names})
     return result
 
 
@@ -123,7 +123,8 @@ def set_peft_model_state_dict(
         Missing, unexpected and mismatched keys.
 
     Raises:
-        ValueError: Unknown adapter, or shapes differ. The model is as it was.
+        ValueError: Unknown adapter.
+        MismatchError: Shapes differ. The model is as it was.
     """
     require_adapters(model, adapter_name, configs_of(model))
     places = {file_key: own_key for file_key, own_key, _ in adapter_tensors(model, adapter_name)}
@@ -134,6 +135,8 @@ def set_peft_model_state_dict(
     found = set()
     for key, tensor in peft_model_state_dict.items():
         file_key = _placed(key, places) or _placed(key, base_weights)
+        if file_key is None and _is_leftover(key):
+            continue
         if file_key is None:
             result.unexpected_keys.append(key)
             continue
@@ -146,7 +149,7 @@ def set_peft_model_state_dict(
         else:
             assignments.append((own_key, tensor))
     if problems and not ignore_mismatched_sizes:
-        raise ValueError(
+        raise MismatchError(
             f"Tensors of adapter {adapter_name!r} do not fit the model ({len(problems)}): {'; '.join(problems[:4])}. The adapter "
             "was made for another base model, another rank or another number of labels."
         )
@@ -256,6 +259,11 @@ def _placed(key: str, places: Mapping[str, str]) -> str | None:
         if twin in places:
             return twin
     return None
+
+
+def _is_leftover(key: str) -> bool:
+    """Whether a key repeats what the file holds elsewhere: some writers add biases of heads under inner names too."""
+    return ".original_module." in key or ".modules_to_save." in key
 
 
 def _holder(model: nn.Module, own_key: str) -> tuple[nn.Module, str]:

@@ -18,6 +18,10 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
     """None of the configured targets exists in the model."""
 
 
+class MismatchError(PeftError, ValueError):
+    """Tensors of a file do not have the shapes that the model needs."""
+
+
 class PeftWarning(UserWarning):
     """A doubtful call: it works, but perhaps not as meant. An error under ``strict=True`` or ``PEFT_STRICT=1``."""
 

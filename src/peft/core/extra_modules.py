@@ -13,7 +13,7 @@ from torch import nn
 from .errors import did_you_mean, doubt, shorten
 from .layer import BaseTunerLayer
 from .mixed import by_rows
-from .targets import HEAD_NAMES, base_modules, match
+from .targets import HEAD_NAMES, base_modules
 
 
 class AuxiliaryTrainingWrapper(BaseTunerLayer):
@@ -75,6 +75,19 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             )
         super().set_adapter(names, inference_mode)
 
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        super().delete_adapter(adapter_name)
+        if new_active_adapters:
+            self.set_adapter(new_active_adapters)
+
+    @property
+    def weight(self) -> Any:
+        return self.current().weight
+
+    @property
+    def bias(self) -> Any:
+        return self.current().bias
+
     def current(self) -> nn.Module:
         """The copy in use: that of the active adapter, else the original."""
         if not self._disable_adapters:
@@ -106,7 +119,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
 
 def find_modules_to_save(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """Modules whose name ends with one of the names.
+    """Modules whose full name ends with one of the names.
 
     Args:
         model: The base model.
@@ -119,10 +132,11 @@ def find_modules_to_save(model: nn.Module, names: list[str]) -> dict[str, nn.Mod
     found: dict[str, nn.Module] = {}
     used = set()
     for name, module in modules.items():
-        hit = match(set(names), name)
-        if hit is not None and not any(name.startswith(f"{outer}.") for outer in found):
+        # Without a dot before it: "norm" means "input_layernorm" too, as configurations in use rely on.
+        hits = [n for n in names if name.endswith(n)]
+        if hits and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
-            used.add(hit)
+            used.update(hits)
     idle = [n for n in names if n not in used and n not in HEAD_NAMES]
     if idle:
         hints = "; ".join(f"{n!r}{did_you_mean(n, [m.rsplit('.', 1)[-1] for m in modules])}" for n in idle)

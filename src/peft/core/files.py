@@ -73,11 +73,12 @@ def write_atomically(
         subfolder: Folder inside it.
 
     Raises:
-        NotADirectoryError: ``folder`` is a file.
+        ValueError: ``folder`` is a file.
+        OSError: It cannot be written.
     """
     folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
     if os.path.isfile(folder):
-        raise NotADirectoryError(f"Cannot save into {folder!r}: it is a file. Give a folder.")
+        raise ValueError(f"Provided path ({folder!r}) should be a directory, not a file. Give a folder.")
     os.makedirs(folder, exist_ok=True)
     umask = os.umask(0)
     os.umask(umask)

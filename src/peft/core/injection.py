@@ -49,11 +49,12 @@ def inject(
     *,
     on_meta: bool = False,
     state_dict: Mapping[str, Any] | None = None,
+    activate: bool = False,
 ) -> None:
     """Put a new adapter into a base model, in place.
 
     The first adapter of a model freezes the base model, becomes active and trains (unless ``config.inference_mode``); any further
-    one is inactive and frozen, and changes nothing else.
+    one is inactive and frozen unless ``activate`` is set, and changes no flag of anything else.
 
     Args:
         model: The base model.
@@ -62,6 +63,7 @@ def inject(
         tuner_cls: The method.
         on_meta: Make the parameters on the meta device, to be assigned from a file.
         state_dict: Tensors of the adapter: the layers that these name are adapted, whatever the configuration says.
+        activate: Make a further adapter the active one.
 
     Raises:
         ValueError: The name is taken or unsuitable, or the configuration does not suit the model. The model is as it was.
@@ -104,8 +106,10 @@ def inject(
     if first:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+    if first or activate:
         for _, layer in adapted_modules(model):
-            layer.set_adapter(adapter_name, inference_mode=config.inference_mode)
+            layer._active_adapter = [adapter_name]
+            layer.set_requires_grad(adapter_name, not config.inference_mode)
     if not config.inference_mode:
         _train_biases(model, config, adapter_name)
     known[adapter_name] = config

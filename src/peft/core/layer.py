@@ -177,6 +177,19 @@ class BaseTunerLayer(nn.Module):
         """The layer under all adapters."""
         raise NotImplementedError
 
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight; some models read it directly."""
+        return self.get_base_layer().weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias."""
+        return self.get_base_layer().bias
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight, where the method has something to add."""
+
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Take merged adapters out of the base weight."""
 
@@ -339,16 +352,6 @@ class AdapterLayer(BaseTunerLayer):
             base = base.base_layer
         return base
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base layer's weight; some models read it directly."""
-        return self.get_base_layer().weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The base layer's bias."""
-        return self.get_base_layer().bias  # type: ignore[return-value]
-
     def matrix(self, names: Iterable[str]) -> torch.Tensor:
         """The weight as (out_features, in_features) with adapters of this layer added, and all live ones of layers below."""
         if isinstance(self.base_layer, AdapterLayer):
@@ -422,7 +425,7 @@ class AdapterLayer(BaseTunerLayer):
         return self.why_no_merge or self.kind.why_not_mergeable(self.get_base_layer())
 
     def merge(
-        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, keep_original: bool = True
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_original: bool = True
     ) -> None:
         """Add adapters to the base weight.
 

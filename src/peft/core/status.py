@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .activation import configs_of
-from .layer import AdapterLayer, BaseTunerLayer, adapted_modules
+from .layer import AdapterLayer, adapted_modules
 
 Irregular = Literal["irregular"]
 IRREGULAR: Irregular = "irregular"
@@ -89,8 +89,6 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     root = _holder(model)
     statuses = []
     for name, layer in adapted_modules(root):
-        if not isinstance(layer, AdapterLayer):
-            continue
         by_adapter = {n: list(layer.adapter_parameters(n)) for n in sorted(layer.adapter_names())}
         statuses.append(
             TunerLayerStatus(
@@ -119,7 +117,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         ValueError: The model has no adapters.
     """
     root = _holder(model)
-    layers = [layer for _, layer in adapted_modules(root) if isinstance(layer, BaseTunerLayer)]
+    layers = [layer for _, layer in adapted_modules(root)]
     statuses = get_layer_status(model)
     base = getattr(model, "get_base_model", lambda: model)()
     configs = configs_of(model)
@@ -135,7 +133,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         num_adapter_layers=len(statuses),
         enabled=_common([s.enabled for s in statuses]),
         active_adapters=_common([s.active_adapters for s in statuses]),
-        merged_adapters=_merged(statuses),
+        merged_adapters=_merged(root),
         requires_grad={n: _common([p.requires_grad for p in ps]) for n, ps in adapter_params.items() if ps},
         available_adapters=available,
         devices={n: sorted({d for s in statuses for d in s.devices.get(n, [])}) for n in available},
@@ -166,10 +164,10 @@ def _common(values: Iterable[Any]) -> Any:
     return values[0] if values and all(v == values[0] for v in values) else IRREGULAR
 
 
-def _merged(statuses: list[TunerLayerStatus]) -> list[str] | Irregular:
+def _merged(root: nn.Module) -> list[str] | Irregular:
     """The merged adapters; regular if each is merged on every layer that has it."""
-    merged = {n for s in statuses for n in s.merged_adapters}
-    for status in statuses:
-        if {n for n in status.available_adapters if n in merged} != set(status.merged_adapters):
-            return IRREGULAR
+    layers = [layer for _, layer in adapted_modules(root) if isinstance(layer, AdapterLayer)]
+    merged = {n for layer in layers for n in layer.merged_adapters}
+    if any(merged.intersection(layer.adapter_names()) != set(layer.merged_adapters) for layer in layers):
+        return IRREGULAR
     return sorted(merged)

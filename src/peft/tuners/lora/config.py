@@ -40,7 +40,7 @@ class LoraConfig(WeightConfig):
         use_rslora: ``s = lora_alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv 2312.03732).
         modules_to_save: Modules trained in full and saved with the adapter.
         init_lora_weights: ``True``: A Kaiming-uniform, B zero; ``"gaussian"``: A normal with deviation 1/r, B zero; ``False``:
-            both random, for tests only.
+            both random, for tests only. On embeddings A is zero and B standard normal.
         layers_to_transform: Numbers of the layers to adapt.
         layers_pattern: Name of the list that holds the layers, where it is not found by itself.
         rank_pattern: Ranks that differ from ``r``, by name, suffix or regular expression.
@@ -121,7 +121,11 @@ class LoraConfig(WeightConfig):
         if unbuilt:
             listed = ", ".join(f"{n}={getattr(self, n)!r}" for n in unbuilt)
             raise NotImplementedError(f"LoraConfig: {listed} is not built in this version of peft. Leave it out.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        start = self.init_lora_weights
+        known = (True, False, "gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+        if start not in known and not (isinstance(start, str) and start.startswith("pissa_niter_")):
+            raise ValueError(f"`init_lora_weights` should be True, False or 'gaussian', got {start!r}.")
+        if start not in (True, False, "gaussian"):
             raise NotImplementedError(
                 f"LoraConfig: init_lora_weights={self.init_lora_weights!r} is not built in this version of peft. Built: True, "
                 "False, 'gaussian'."

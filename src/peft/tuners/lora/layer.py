@@ -57,17 +57,16 @@ class LoraLayer(AdapterLayer):
 
     def start(self, tensors: dict[str, torch.Tensor], config: Any, settings: dict[str, Any]) -> None:
         a, b = (tensors[slot] for slot in self._slots())
-        if self.kind.takes_indices:  # as the authors do: A zero, B normal
-            a.zero_()
-            b.normal_()
+        random, zero = (b, a) if self.kind.takes_indices else (a, b)  # as the authors do on embeddings
+        if self.kind.takes_indices:
+            random.normal_()
+        elif config.init_lora_weights == "gaussian":
+            random.normal_(std=1 / settings["r"])
         else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            b.zero_()
-        if config.init_lora_weights == "gaussian":
-            a.normal_(std=1 / settings["r"])
-            b.zero_()
-        elif config.init_lora_weights is False:  # not the identity: for tests
-            (a if self.kind.takes_indices else b).normal_(std=1 / settings["r"])
+            nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+        zero.zero_()
+        if config.init_lora_weights is False:  # not the identity: for tests
+            zero.normal_(std=1 / settings["r"])
 
     def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
         a, b = self.factors(name)
