@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import tiny
 import torch
-from toy import DiagScaleConfig
 
+import tiny
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from toy import DiagScaleConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Setting:
 SETTINGS = (
     Setting("lora", LoraConfig, second={"r": 4, "lora_alpha": 12}),
     Setting("rslora", lambda **kw: LoraConfig(use_rslora=True, r=6, **kw), bases=(tiny.LLAMA,)),
-    Setting("toy", lambda **kw: DiagScaleConfig(**{k: v for k, v in kw.items() if k != "task_type"}, task_type=kw["task_type"])),
+    Setting(
+        "toy",
+        lambda **kw: DiagScaleConfig(**{k: v for k, v in kw.items() if k != "task_type"}, task_type=kw["task_type"]),
+    ),
 )
 
 CASES = [(setting, base) for setting in SETTINGS for base in setting.bases]

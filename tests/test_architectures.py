@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
-from tiny_architectures import FROM_WHOLE, build_on_meta
 from torch import nn
 from transformers import CONFIG_MAPPING, BertConfig, EncoderDecoderConfig, GPT2Config, LlavaConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft.core.architectures import DEFAULTS, ROLES, closest_model_types, default_targets, model_types_of
+from tiny_architectures import FROM_WHOLE, build_on_meta
 
 TESTED_TRANSFORMERS = Version("5.23")
 

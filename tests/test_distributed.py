@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import train
 from safetensors.torch import load_file
-from settings import ONE_EACH, ONE_EACH_IDS
 
+from distributed_worker import train
 from peft import get_peft_model_state_dict
+from settings import ONE_EACH, ONE_EACH_IDS
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -22,8 +22,19 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER), str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(WORKER),
+        str(folder),
+    ]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return folder
 

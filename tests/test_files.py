@@ -13,11 +13,10 @@ import textwrap
 import time
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from settings import logits, randomise
 
+import tiny
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -28,6 +27,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from settings import logits, randomise
 
 BASE = tiny.LLAMA
 WEIGHTS = "adapter_model.safetensors"
@@ -262,7 +262,7 @@ def test_a_partial_state_dict_is_never_saved(saved, tmp_path):
 def test_an_existing_adapter_takes_new_weights_in_place(saved):
     model, folder = saved
     expected = logits(model, BASE)
-    parameters = {n: p for n, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     randomise(model, seed=3)
     model.load_adapter(folder, "default", is_trainable=True)
     assert torch.equal(logits(model, BASE), expected)
@@ -272,7 +272,9 @@ def test_an_existing_adapter_takes_new_weights_in_place(saved):
 def test_is_trainable(saved):
     _, folder = saved
     model = PeftModel.from_pretrained(BASE.build(), folder, is_trainable=True)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if "lora" in n}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if "lora" in n
+    }
     assert model.peft_config["default"].inference_mode is False
 
 
@@ -293,14 +295,18 @@ def test_resized_embeddings_are_saved_with_the_adapter(tmp_path):
     assert "base_model.model.lm_head.weight" in tensors
     other = type(BASE.build()).from_pretrained(tmp_path / "base")
     other.resize_token_embeddings(tiny.VOCAB + 4)  # random new rows, replaced by the adapter's file
-    assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path / "adapter", strict=True), BASE), logits(model, BASE))
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(other, tmp_path / "adapter", strict=True), BASE), logits(model, BASE)
+    )
     model.save_pretrained(tmp_path / "small", save_embedding_layers=False)
     assert not any("embed" in k for k in load_file(tmp_path / "small" / WEIGHTS))
 
 
 def test_auto_model_finds_the_base(tmp_path):
     BASE.build().save_pretrained(tmp_path / "base")
-    model = get_peft_model(type(BASE.build()).from_pretrained(tmp_path / "base"), LoraConfig(task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        type(BASE.build()).from_pretrained(tmp_path / "base"), LoraConfig(task_type="CAUSAL_LM")
+    ).eval()
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")

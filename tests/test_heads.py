@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import torch
-from settings import logits, randomise
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
+import tiny
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from settings import logits, randomise
 
 
 @pytest.fixture
@@ -57,7 +57,9 @@ def test_a_trained_head_of_another_size_is_not_thrown_away(headless, tmp_path):
     BertForSequenceClassification.from_pretrained(headless, num_labels=3).save_pretrained(tmp_path / "with-head")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "with-head")
     keys = list(model.state_dict())
-    with pytest.raises(ValueError, match="trained with 5 labels, but the head 'classifier' of this model has 3.*num_labels=5"):
+    with pytest.raises(
+        ValueError, match="trained with 5 labels, but the head 'classifier' of this model has 3.*num_labels=5"
+    ):
         PeftModel.from_pretrained(model, tmp_path / "adapter")
     assert list(model.state_dict()) == keys
     assert model.config.num_labels == 3

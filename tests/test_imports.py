@@ -17,9 +17,25 @@ import peft
 SOURCE = Path(peft.__file__).parent
 # From the bottom up: a file may import from its own level and from those before it.
 LEVELS = {
-    "core/errors": 0, "core/files": 0, "core/architectures": 0, "kernels": 0, "registry": 1, "config": 2, "core": 3, "tuners": 4,
-    "model": 5, "mapping": 6, "auto": 6, "functional": 7, "helpers": 7, "peft_model": 7, "mapping_func": 7, "mixed_model": 7, "utils": 7, "": 9,
-}  # fmt: skip
+    "core/errors": 0,
+    "core/files": 0,
+    "core/architectures": 0,
+    "kernels": 0,
+    "registry": 1,
+    "config": 2,
+    "core": 3,
+    "tuners": 4,
+    "model": 5,
+    "mapping": 6,
+    "auto": 6,
+    "functional": 7,
+    "helpers": 7,
+    "peft_model": 7,
+    "mapping_func": 7,
+    "mixed_model": 7,
+    "utils": 7,
+    "": 9,
+}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

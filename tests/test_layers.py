@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from settings import logits, randomise
 from torch import nn
-from toy import DiagScaleConfig
 
+import tiny
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.core.layer import adapted_modules
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
+from settings import logits, randomise
+from toy import DiagScaleConfig
 
 
 class Int8Linear(nn.Module):
@@ -59,7 +59,10 @@ def test_a_quantised_base_is_adapted_but_not_merged():
     assert b.grad.abs().sum() > 0
     weights = copy.deepcopy(model.state_dict())
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="Cannot merge 'default' into '.*first': its weight is no plain float matrix but torch.int8"):
+        with pytest.raises(
+            ValueError,
+            match="Cannot merge 'default' into '.*first': its weight is no plain float matrix but torch.int8",
+        ):
             merge()
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert type(model.unload().first) is Int8Linear
@@ -182,7 +185,9 @@ def test_input_casting_can_be_switched_off():
 def test_biases_train_and_are_saved(bias, tmp_path):
     model = get_peft_model(Net(), LoraConfig(target_modules=["first"], bias=bias))
     trained = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
-    expected = {"base_model.model.first.base_layer.bias"} | ({"base_model.model.second.bias"} if bias == "all" else set())
+    expected = {"base_model.model.first.base_layer.bias"} | (
+        {"base_model.model.second.bias"} if bias == "all" else set()
+    )
     assert trained == expected
     randomise(model)
     model.save_pretrained(tmp_path)

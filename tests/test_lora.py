@@ -6,10 +6,10 @@ import dataclasses
 import math
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 
@@ -24,7 +24,10 @@ def layer(model, name="q_proj", number=0) -> LoraLayer:
 
 def test_ranks_and_alphas_by_pattern():
     adapted = model(
-        r=4, lora_alpha=8, rank_pattern={"q_proj": 2, r"layers\.1\..*v_proj": 6}, alpha_pattern={"layers.1.self_attn.v_proj": 12}
+        r=4,
+        lora_alpha=8,
+        rank_pattern={"q_proj": 2, r"layers\.1\..*v_proj": 6},
+        alpha_pattern={"layers.1.self_attn.v_proj": 12},
     )
     assert layer(adapted, "q_proj").r == {"default": 2}
     assert layer(adapted, "v_proj", 0).r == {"default": 4}
@@ -49,7 +52,9 @@ def test_the_output_is_that_of_the_formula():
 @pytest.mark.parametrize("start", [True, "gaussian"])
 def test_starts_are_the_identity_and_as_documented(start):
     torch.manual_seed(0)
-    adapted = get_peft_model(nn.Sequential(nn.Linear(2000, 30)), LoraConfig(r=16, target_modules=["0"], init_lora_weights=start))
+    adapted = get_peft_model(
+        nn.Sequential(nn.Linear(2000, 30)), LoraConfig(r=16, target_modules=["0"], init_lora_weights=start)
+    )
     a, b = (getattr(adapted.base_model.model[0], f"lora_{n}")["default"].weight for n in "AB")
     assert not b.any()
     if start == "gaussian":
@@ -60,7 +65,9 @@ def test_starts_are_the_identity_and_as_documented(start):
 
 
 def test_the_random_start_is_no_identity():
-    adapted = get_peft_model(nn.Sequential(nn.Linear(20, 30)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    adapted = get_peft_model(
+        nn.Sequential(nn.Linear(20, 30)), LoraConfig(target_modules=["0"], init_lora_weights=False)
+    )
     assert adapted.base_model.model[0].lora_B["default"].weight.abs().sum() > 0
 
 
@@ -103,8 +110,14 @@ def test_no_field_is_ignored():
         "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "num_labels", "id2label",
         "problem_type",
     }  # fmt: skip
-    only_with_others = {"megatron_core", "qalora_group_size", "runtime_config"}  # no effect unless a refused field is set
-    assert {f.name for f in dataclasses.fields(LoraConfig)} == built | only_with_others | (set(FIELDS) - {"init_lora_weights"})
+    only_with_others = {
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+    }  # no effect unless a refused field is set
+    assert {f.name for f in dataclasses.fields(LoraConfig)} == built | only_with_others | (
+        set(FIELDS) - {"init_lora_weights"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +140,9 @@ def test_impossible_values(options, message):
 
 
 def test_a_bad_pattern_value_names_the_module():
-    with pytest.raises(ValueError, match="Cannot adapt 'model.layers.0.self_attn.q_proj': the rank should be a positive integer"):
+    with pytest.raises(
+        ValueError, match="Cannot adapt 'model.layers.0.self_attn.q_proj': the rank should be a positive integer"
+    ):
         model(rank_pattern={"q_proj": 0})
 
 
@@ -143,19 +158,30 @@ def test_numbers_and_printing(capsys):
     adapted.print_trainable_parameters()
     trainable, total = adapted.get_nb_trainable_parameters()
     assert trainable == 2 * (2 * (32 + 32) + 2 * (32 + 16))
-    assert capsys.readouterr().out == f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}\n"
+    assert (
+        capsys.readouterr().out
+        == f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}\n"
+    )
     assert "lora.Linear(" in repr(adapted)
 
 
 def test_status():
     adapted = model(r=2)
     status = adapted.get_model_status()
-    assert (status.base_model_type, status.adapter_model_type, status.peft_types) == ("LlamaForCausalLM", "LoraModel", {"default": "LORA"})
+    assert (status.base_model_type, status.adapter_model_type, status.peft_types) == (
+        "LlamaForCausalLM",
+        "LoraModel",
+        {"default": "LORA"},
+    )
     assert (status.enabled, status.active_adapters, status.num_adapter_layers) == (True, ["default"], 4)
     layer(adapted).merge()
     assert adapted.get_model_status().merged_adapters == "irregular"
     first = adapted.get_layer_status()[0]
-    assert (first.name, first.module_type, first.devices) == ("model.model.layers.0.self_attn.q_proj", "lora.Linear", {"default": ["cpu"]})
+    assert (first.name, first.module_type, first.devices) == (
+        "model.model.layers.0.self_attn.q_proj",
+        "lora.Linear",
+        {"default": ["cpu"]},
+    )
     assert first.merged_adapters == ["default"]
     with pytest.raises(ValueError, match="No adapter layers found"):
         from peft import get_layer_status

@@ -9,13 +9,13 @@ import logging
 import warnings
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, logits, randomise
 
+import tiny
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.core.layer import AdapterLayer, adapted_modules
+from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, logits, randomise
 
 every_case = pytest.mark.parametrize(("setting", "base"), CASES, ids=IDS)
 every_method = pytest.mark.parametrize(("setting", "base"), ONE_EACH, ids=ONE_EACH_IDS)
@@ -379,7 +379,7 @@ def test_broken_weights_are_not_merged(setting, base):
     model = setting.model(base)
     skip_unless_mergeable(model)
     randomise(model)
-    last = [t for t in get_peft_model_state_dict(model).values()][-1]
+    *_, last = get_peft_model_state_dict(model).values()
     with torch.no_grad():
         last.view(-1)[0] = float("nan")
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.isfinite().all()}
@@ -474,10 +474,18 @@ def test_mixed_generation_of_an_encoder_decoder_with_beams():
     model = two_adapters(setting, base)
     names = ["other", "default", "__base__", "other"]
     inputs = {k: v for k, v in base.inputs().items() if k != "decoder_input_ids"}
-    arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+    arguments = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "num_beams": 2,
+        "num_return_sequences": 2,
+    }
     mixed = model.generate(**inputs, adapter_names=names, **arguments)
     for index, name in enumerate(names):
-        alone = model.generate(**{k: v[index : index + 1] for k, v in inputs.items()}, adapter_names=[name], **arguments)
+        alone = model.generate(
+            **{k: v[index : index + 1] for k, v in inputs.items()}, adapter_names=[name], **arguments
+        )
         assert torch.equal(mixed[2 * index : 2 * index + 2], alone)
 
 
@@ -581,9 +589,11 @@ def test_construction_on_meta_and_assignment_from_files(setting, base, tmp_path)
         empty = base.build()
     holder = PeftModel.from_pretrained(empty, tmp_path)
     assert all(p.device.type == "meta" for n, p in holder.named_parameters() if "base_layer" in n)
-    state = {n: t for n, t in model.state_dict().items()}
+    state = model.state_dict()
     holder.load_state_dict(state, strict=True, assign=True)
-    for module, source in zip(holder.modules(), model.modules(), strict=True):  # what is no state, such as rotary tables
+    for module, source in zip(
+        holder.modules(), model.modules(), strict=True
+    ):  # what is no state, such as rotary tables
         for name, buffer in source.named_buffers(recurse=False):
             module.register_buffer(name, buffer.clone(), persistent=name not in module._non_persistent_buffers_set)
     assert torch.equal(logits(holder.eval(), base), logits(model, base))
@@ -619,7 +629,10 @@ def test_a_call_that_fails_leaves_the_model_as_it_was(setting, base, tmp_path):
 
     def snapshot():
         return (
-            [(n, type(m).__name__, len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for n, m in model.named_modules()],
+            [
+                (n, type(m).__name__, len(m._forward_hooks), len(m._forward_pre_hooks), m.training)
+                for n, m in model.named_modules()
+            ],
             {n: (id(p), p.requires_grad, p._version) for n, p in model.named_parameters()},
             list(model.peft_config),
             model.active_adapters,
@@ -660,7 +673,9 @@ def test_injection_without_a_holder_is_the_same(setting, base):
     result = set_peft_model_state_dict(raw, get_peft_model_state_dict(held))
     assert not result.unexpected_keys
     assert torch.equal(logits(raw, base), logits(held, base))
-    assert {k.removeprefix("base_model.model.") for k in get_peft_model_state_dict(held)} == set(get_peft_model_state_dict(raw))
+    assert {k.removeprefix("base_model.model.") for k in get_peft_model_state_dict(held)} == set(
+        get_peft_model_state_dict(raw)
+    )
 
 
 def test_the_tiny_models_cover_every_kind_of_layer():

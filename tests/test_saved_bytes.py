@@ -72,14 +72,14 @@ def test_lists_of_saved_tensors_count() -> None:
 
 class _Square(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, keep=None):  # noqa: ANN001, ANN205
+    def forward(ctx, x, keep=None):
         ctx.save_for_backward(x, None)
         if keep is not None:
             ctx.keep = {"inside": [keep]}
         return x * x
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         return 2 * ctx.saved_tensors[0] * grad, None
 
 
@@ -142,7 +142,7 @@ def test_counting_is_repeatable_and_leaves_the_graph_usable() -> None:
 
 
 @pytest.mark.parametrize("function", [F.gelu, _Square.apply])
-def test_freed_graph_raises(function) -> None:  # noqa: ANN001
+def test_freed_graph_raises(function) -> None:
     y = function(_input())
     y.sum().backward()
     with pytest.raises(ValueError, match="already freed"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from peft import LoraConfig, NoMatchingPeftModuleError, get_peft_model, inject_adapter_in_model
 from peft.core.layer import adapted_modules
 from peft.core.targets import shortest_names
@@ -29,14 +29,22 @@ def layers(*names, numbers=(0, 1)):
         ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, layers("self_attn.q_proj", numbers=[0])),
         ({"target_modules": r".*\.1\..*(up|down)_proj"}, layers("mlp.up_proj", "mlp.down_proj", numbers=[1])),
         ({}, layers("self_attn.q_proj", "self_attn.v_proj")),
-        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
-         layers("self_attn.q_proj", "self_attn.v_proj") - layers("self_attn.q_proj", numbers=[0])),
-        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*"}, layers("self_attn.q_proj", "self_attn.v_proj", numbers=[1])),
+        (
+            {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+            layers("self_attn.q_proj", "self_attn.v_proj") - layers("self_attn.q_proj", numbers=[0]),
+        ),
+        (
+            {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*"},
+            layers("self_attn.q_proj", "self_attn.v_proj", numbers=[1]),
+        ),
         ({"target_modules": ["q_proj"], "layers_to_transform": 1}, layers("self_attn.q_proj", numbers=[1])),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 1]}, layers("self_attn.q_proj")),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, layers("self_attn.q_proj", numbers=[0])),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+            layers("self_attn.q_proj", numbers=[0]),
+        ),
     ],
-)  # fmt: skip
+)
 def test_targets(options, expected):
     assert adapted(**options) == expected
 
@@ -123,7 +131,9 @@ def test_targets_inside_a_module_that_is_trained_in_full():
         model = inject_adapter_in_model(LoraConfig(**options), tiny.BERT.build())
     assert type(model.classifier).__name__ == "ModulesToSaveWrapper"
     with pytest.raises(ValueError, match="All target modules"):
-        inject_adapter_in_model(LoraConfig(target_modules=["classifier"], modules_to_save=["classifier"]), tiny.BERT.build())
+        inject_adapter_in_model(
+            LoraConfig(target_modules=["classifier"], modules_to_save=["classifier"]), tiny.BERT.build()
+        )
 
 
 def test_modules_to_save_that_do_not_exist():
@@ -139,6 +149,8 @@ def test_a_state_dict_names_the_layers():
     model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny.LLAMA.build(), state_dict=state)
     assert {n for n, _ in adapted_modules(model)} == layers("self_attn.o_proj")
     with pytest.raises(ValueError, match="does not have: 'nowhere'"):
-        inject_adapter_in_model(LoraConfig(), tiny.LLAMA.build(), state_dict={"nowhere.lora_A.weight": torch.zeros(8, 32)})
+        inject_adapter_in_model(
+            LoraConfig(), tiny.LLAMA.build(), state_dict={"nowhere.lora_A.weight": torch.zeros(8, 32)}
+        )
     with pytest.raises(ValueError, match="no tensors of this method"):
         inject_adapter_in_model(LoraConfig(), tiny.LLAMA.build(), state_dict={"nowhere": torch.zeros(8, 32)})

@@ -28,8 +28,8 @@ _PLACES = {
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 _SUBMODULES = {
-    "auto", "config", "core", "functional", "helpers", "kernels", "mapping", "mapping_func", "mixed_model", "model", "peft_model", "registry",
-    "tuners", "utils",
+    "auto", "config", "core", "functional", "helpers", "kernels", "mapping", "mapping_func", "mixed_model", "model", "peft_model",
+    "registry", "tuners", "utils",
 }  # fmt: skip
 
 __all__ = sorted(_HOME)
@@ -77,6 +77,9 @@ if TYPE_CHECKING:
     from .core.errors import PeftError as PeftError
     from .core.errors import PeftWarning as PeftWarning
     from .core.files import load_peft_weights as load_peft_weights
+    from .core.preparation import cast_mixed_precision_params as cast_mixed_precision_params
+    from .core.preparation import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from .core.preparation import shift_tokens_right as shift_tokens_right
     from .core.status import get_layer_status as get_layer_status
     from .core.status import get_model_status as get_model_status
     from .mapping import get_peft_config as get_peft_config
@@ -93,6 +96,3 @@ if TYPE_CHECKING:
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
     from .tuners.lora import LoraRuntimeConfig as LoraRuntimeConfig
-    from .core.preparation import cast_mixed_precision_params as cast_mixed_precision_params
-    from .core.preparation import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-    from .core.preparation import shift_tokens_right as shift_tokens_right

@@ -25,7 +25,9 @@ class _AutoPeftModel:
     _task: ClassVar[TaskType | None] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise OSError(f"{type(self).__name__} is made by `{type(self).__name__}.from_pretrained(adapter)`, not by its constructor.")
+        raise OSError(
+            f"{type(self).__name__} is made by `{type(self).__name__}.from_pretrained(adapter)`, not by its constructor."
+        )
 
     @classmethod
     def from_pretrained(
@@ -57,7 +59,9 @@ class _AutoPeftModel:
         if revision is not None:
             download["revision"] = revision
         subfolder = kwargs.pop("subfolder", None)
-        peft_config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **download)
+        peft_config = config or PeftConfig.from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **download
+        )
         base_name = peft_config.base_model_name_or_path
         if not base_name:
             raise ValueError(
@@ -66,7 +70,9 @@ class _AutoPeftModel:
             )
         task = TaskType(peft_config.task_type) if peft_config.task_type is not None else None
         if cls._task is not None and task is not None and task is not cls._task:
-            raise ValueError(f"Expected an adapter for {cls._task.value}, but this one is for {task.value}. Use the matching Auto class.")
+            raise ValueError(
+                f"Expected an adapter for {cls._task.value}, but this one is for {task.value}. Use the matching Auto class."
+            )
         base_cls = _base_class(cls._auto_class, task, peft_config, import_allowlist or [])
         base_kwargs = {k: v for k, v in kwargs.items() if k != "revision"}
         if peft_config.num_labels is not None and "num_labels" not in kwargs and "config" not in kwargs:
@@ -87,7 +93,9 @@ class _AutoPeftModel:
     @staticmethod
     def _fit_vocabulary(base: Any, adapter: Any, subfolder: str | None, download: dict[str, Any], kwargs: Any) -> None:
         """Where a tokenizer lies beside the adapter and has more tokens than the model, make room for them."""
-        if fetch(adapter, "tokenizer_config.json", subfolder, **download) is None or not hasattr(base, "get_input_embeddings"):
+        if fetch(adapter, "tokenizer_config.json", subfolder, **download) is None or not hasattr(
+            base, "get_input_embeddings"
+        ):
             return
         from transformers import AutoTokenizer
 

@@ -19,7 +19,7 @@ from .registry import get_method, is_registered
 
 
 class PeftType(str, enum.Enum):
-    """The methods of the field, by the name that ``adapter_config.json`` carries. :func:`peft.registry.registered_types` tells which are built."""
+    """The methods of the field, by the name that ``adapter_config.json`` carries; ``peft.registry`` tells which are built."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
@@ -333,5 +333,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_jsonable(v) for v in value]
     return value
-
-

@@ -80,7 +80,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)):
         raise TypeError(f"The multiplier should be a number, got {type(multiplier).__name__}.")
-    layers = [m for _, m in adapted_modules(model) if isinstance(m, AdapterLayer) and hasattr(m, "scaling")]
+    layers: list[Any] = [m for _, m in adapted_modules(model) if isinstance(m, AdapterLayer) and hasattr(m, "scaling")]
     if not layers:
         raise ValueError("The model has no adapters with a scaling, such as LoRA's.")
     before = [dict(layer.scaling) for layer in layers]

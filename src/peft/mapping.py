@@ -58,7 +58,9 @@ def get_peft_model(
     if revision is not None:
         if peft_config.revision is not None and peft_config.revision != revision:
             warnings.warn(
-                f"peft_config has revision {peft_config.revision!r}; it is set to the given {revision!r}.", PeftWarning, stacklevel=2
+                f"peft_config has revision {peft_config.revision!r}; it is set to the given {revision!r}.",
+                PeftWarning,
+                stacklevel=2,
             )
         peft_config.revision = revision
     new_name = getattr(model, "name_or_path", None)
@@ -107,7 +109,9 @@ def inject_adapter_in_model(
     """
     tuner_cls = get_method(peft_config.peft_type).tuner_cls
     with strictness(strict):
-        inject(model, peft_config, adapter_name, tuner_cls, on_meta=low_cpu_mem_usage, state_dict=state_dict, activate=True)
+        inject(
+            model, peft_config, adapter_name, tuner_cls, on_meta=low_cpu_mem_usage, state_dict=state_dict, activate=True
+        )
     return model
 
 

@@ -293,12 +293,18 @@ class PeftModel(PushToHubMixin, nn.Module):
             OSError: It cannot be written.
         """
         if os.path.isfile(save_directory):
-            raise ValueError(f"Provided path ({str(save_directory)!r}) should be a directory, not a file. Give a folder.")
+            raise ValueError(
+                f"Provided path ({str(save_directory)!r}) should be a directory, not a file. Give a folder."
+            )
         if path_initial_model_for_weight_conversion is not None:
             raise NotImplementedError("path_initial_model_for_weight_conversion is not built in this version of peft.")
         if not safe_serialization:
             warn_pickle()
-        names = list(self.peft_config) if selected_adapters is None else require_adapters(self, selected_adapters, self.peft_config)
+        names = (
+            list(self.peft_config)
+            if selected_adapters is None
+            else require_adapters(self, selected_adapters, self.peft_config)
+        )
         state_dict = kwargs.get("state_dict")
         # Gather everything before anything is written.
         tensors = {
@@ -318,7 +324,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                     "base_model_class": type(base).__name__,
                     "parent_library": type(base).__module__,
                 }
-            record_head(config, base, {n: m for n, m in self._heads_of(name)})
+            record_head(config, base, dict(self._heads_of(name)))
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
             write_atomically(folder, {SAFETENSORS_WEIGHTS_NAME: safetensors_writer(tensors[name])})
             config.save_pretrained(folder)
@@ -490,7 +496,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter can be written as plain LoRA."""
         layers = [m for _, m in adapted_modules(self) if isinstance(m, AdapterLayer) and m.has_adapter(adapter_name)]
-        return bool(layers) and all(getattr(m, "supports_lora_conversion", lambda n: False)(adapter_name) for m in layers)
+        return bool(layers) and all(
+            getattr(m, "supports_lora_conversion", lambda n: False)(adapter_name) for m in layers
+        )
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -509,7 +517,9 @@ def _task_forward(*names: str) -> Any:
         if task_ids is not None:
             raise ValueError("`task_ids` is for multitask prompts; this adapter's method has none.")
         if len(args) > len(names):
-            raise TypeError(f"forward() takes at most {len(names)} positional arguments ({', '.join(names)}), got {len(args)}.")
+            raise TypeError(
+                f"forward() takes at most {len(names)} positional arguments ({', '.join(names)}), got {len(args)}."
+            )
         given = dict(zip(names, args, strict=False))
         if twice := sorted(given.keys() & kwargs.keys()):
             raise TypeError(f"forward() got {twice} both by position and by name.")
@@ -649,7 +659,15 @@ def _read_weights(
 
 
 __all__ = [
-    "CONFIG_NAME", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification", "infer_device",
-]  # fmt: skip
+    "CONFIG_NAME",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PeftMixedModel",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "infer_device",
+]

@@ -91,7 +91,9 @@ def delete_adapter(
     if was_active and not active and left:
         # Something has to be active: the first that is left, trainable only if the deleted one was.
         warnings.warn(
-            f"Adapter {adapter_name!r} was active and is now deleted. Active from now on: {left[0]!r}.", PeftWarning, stacklevel=3
+            f"Adapter {adapter_name!r} was active and is now deleted. Active from now on: {left[0]!r}.",
+            PeftWarning,
+            stacklevel=3,
         )
         for layer in layers:
             layer._active_adapter = [left[0]]
@@ -130,4 +132,6 @@ def check_not_merged(model: nn.Module, what: str) -> None:
     """
     for name, layer in adapted_modules(model):
         if layer.merged:
-            raise ValueError(f"Cannot {what} while adapters are merged ({name!r}: {layer.merged_adapters}). Call unmerge_adapter() first.")
+            raise ValueError(
+                f"Cannot {what} while adapters are merged ({name!r}: {layer.merged_adapters}). Call unmerge_adapter() first."
+            )

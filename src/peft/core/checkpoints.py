@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -202,7 +202,9 @@ def embedding_weights(model: nn.Module) -> list[str]:
             wanted.add(id(layer))
     if not wanted:
         return []
-    return [f"{n}.weight" for n, m in model.named_modules() if id(m) in wanted and "modules_to_save" not in n.split(".")]
+    return [
+        f"{n}.weight" for n, m in model.named_modules() if id(m) in wanted and "modules_to_save" not in n.split(".")
+    ]
 
 
 def wants_embeddings(model: nn.Module, adapter_name: str, choice: bool | Literal["auto"]) -> bool:
@@ -255,7 +257,11 @@ def _placed(key: str, places: Mapping[str, str]) -> str | None:
     # A base layer's own tensors change their name when another adapter wraps the layer.
     for candidate in candidates:
         stem, _, leaf = candidate.rpartition(".")
-        twin = f"{stem.removesuffix('.base_layer')}.{leaf}" if stem.endswith(".base_layer") else f"{stem}.base_layer.{leaf}"
+        twin = (
+            f"{stem.removesuffix('.base_layer')}.{leaf}"
+            if stem.endswith(".base_layer")
+            else f"{stem}.base_layer.{leaf}"
+        )
         if twin in places:
             return twin
     return None

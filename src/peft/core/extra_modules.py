@@ -31,7 +31,9 @@ class AuxiliaryTrainingWrapper(BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         return self.original_module
 
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    def adapter_state_dict(
+        self, adapter_name: str, state_dict: dict[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
         """The tensors of an adapter by their key in its file."""
         return {key: tensor for key, _, tensor in self.adapter_tensors(adapter_name)}
 
@@ -102,7 +104,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             return self.current()(x, *args, **kwargs)
 
         def run(name: str, rows: torch.Tensor | None) -> torch.Tensor:
-            module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            holds = name in self.modules_to_save  # ModuleDict has no get()
+            module = self.modules_to_save[name] if holds else self.original_module
             return module(x if rows is None else x.index_select(0, rows), *args, **kwargs)
 
         return by_rows(plan, x, f"modules_to_save {type(self.original_module).__name__}", run)
@@ -140,7 +143,9 @@ def find_modules_to_save(model: nn.Module, names: list[str]) -> dict[str, nn.Mod
     idle = [n for n in names if n not in used and n not in HEAD_NAMES]
     if idle:
         hints = "; ".join(f"{n!r}{did_you_mean(n, [m.rsplit('.', 1)[-1] for m in modules])}" for n in idle)
-        doubt(f"modules_to_save match no module of the model: {hints}. They are not trained. Mend the names, or remove them.")
+        doubt(
+            f"modules_to_save match no module of the model: {hints}. They are not trained. Mend the names, or remove them."
+        )
     return found
 
 
@@ -153,7 +158,9 @@ def resized_head(module: nn.Module, num_labels: int) -> nn.Module:
     """A copy of a classification head with another number of outputs; its last linear layer is newly initialised."""
     head = copy.deepcopy(module)
     name, linear = [(n, m) for n, m in head.named_modules() if isinstance(m, nn.Linear)][-1]
-    new = nn.Linear(linear.in_features, num_labels, linear.bias is not None).to(linear.weight.device, linear.weight.dtype)
+    new = nn.Linear(linear.in_features, num_labels, linear.bias is not None).to(
+        linear.weight.device, linear.weight.dtype
+    )
     new.training = linear.training
     if not name:
         return new
@@ -186,7 +193,7 @@ def fit_head(model: nn.Module, config: Any, heads: dict[str, nn.Module]) -> None
     trained = {n: m for n, m in heads.items() if n.rsplit(".", 1)[-1] in HEAD_NAMES}
     for name, module in trained.items():
         used = isinstance(module, AuxiliaryTrainingWrapper)
-        found = head_outputs(module.original_module if used else module)
+        found = head_outputs(module.get_base_layer() if isinstance(module, AuxiliaryTrainingWrapper) else module)
         if found is None or found == wanted:
             continue
         if used or not is_fresh(module):

@@ -158,7 +158,9 @@ def load_peft_weights(
         try:
             tensors = load_file(path, device=str(target))
         except SafetensorError as error:
-            raise ValueError(f"{path!r} is damaged or not a safetensors file: {error}. Save the adapter again.") from error
+            raise ValueError(
+                f"{path!r} is damaged or not a safetensors file: {error}. Save the adapter again."
+            ) from error
     else:
         path = fetch(model_id, WEIGHTS_NAME, subfolder, **download)
         if path is None:

@@ -74,7 +74,9 @@ def inject(
     first = not any(True for _ in adapted_modules(model))
     shared = shared_of(model) or Shared()
 
-    heads = find_modules_to_save(model, list(config.modules_to_save)) if getattr(config, "modules_to_save", None) else {}
+    heads = (
+        find_modules_to_save(model, list(config.modules_to_save)) if getattr(config, "modules_to_save", None) else {}
+    )
     if state_dict is None:
         targets = resolve_defaults(config, model, tuner_cls.default_role)
         places = find_targets(model, config, targets)
@@ -128,10 +130,14 @@ def check_adapter_name(name: str, known: Mapping[str, Any]) -> None:
     if name == "__base__":
         raise ValueError("The adapter name '__base__' stands for the plain model in mixed batches; choose another.")
     if name in known:
-        raise ValueError(f"Adapter {name!r} already exists. Delete it first with delete_adapter({name!r}), or choose another name.")
+        raise ValueError(
+            f"Adapter {name!r} already exists. Delete it first with delete_adapter({name!r}), or choose another name."
+        )
     for holder in (nn.ModuleDict(), nn.ParameterDict()):
         if hasattr(holder, name):
-            raise ValueError(f"The adapter name {name!r} is an attribute of torch's {type(holder).__name__}; choose another.")
+            raise ValueError(
+                f"The adapter name {name!r} is an attribute of torch's {type(holder).__name__}; choose another."
+            )
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -212,7 +218,9 @@ def _outside_heads(places: dict[str, nn.Module], heads: dict[str, nn.Module]) ->
         raise NoMatchingPeftModuleError(
             f"All target modules ({shorten(inside)}) lie inside modules_to_save ({shorten(heads)}), which are trained in full."
         )
-    doubt(f"Target modules {shorten(inside)} lie inside modules_to_save, which are trained in full; they get no adapter of their own.")
+    doubt(
+        f"Target modules {shorten(inside)} lie inside modules_to_save, which are trained in full; they get no adapter of their own."
+    )
     return {n: m for n, m in places.items() if n not in inside}
 
 
@@ -243,7 +251,9 @@ def _places_of_state_dict(
     if unknown:
         raise ValueError(f"The state dict adapts modules that the model does not have: {shorten(unknown)}.")
     if not names:
-        raise ValueError(f"The state dict holds no tensors of this method: none of its keys names {slots.replace('|', ', ')}.")
+        raise ValueError(
+            f"The state dict holds no tensors of this method: none of its keys names {slots.replace('|', ', ')}."
+        )
     return {n: m for n, m in modules.items() if n in names}
 
 

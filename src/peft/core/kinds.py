@@ -91,7 +91,8 @@ class Conv1DKind(LinearKind):
     def to_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
 
-    from_matrix = to_matrix
+    def from_matrix(self, layer: Any, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.T
 
 
 class EmbeddingKind(LayerKind):
@@ -109,7 +110,8 @@ class EmbeddingKind(LayerKind):
     def to_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
 
-    from_matrix = to_matrix
+    def from_matrix(self, layer: Any, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.T
 
     def product(self, layer: nn.Embedding, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         rows = F.embedding(
@@ -184,4 +186,4 @@ def embedding_scale(layer: nn.Module) -> torch.Tensor | None:
     scale = getattr(layer, "embed_scale", None)
     if scale is None:
         return None
-    return scale if isinstance(scale, torch.Tensor) else torch.tensor(scale, device=layer.weight.device)
+    return scale if isinstance(scale, torch.Tensor) else torch.tensor(scale)

@@ -347,7 +347,7 @@ class AdapterLayer(BaseTunerLayer):
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:
-        base = self.base_layer
+        base: Any = self.base_layer
         while isinstance(base, BaseTunerLayer):
             base = base.base_layer
         return base
@@ -499,7 +499,9 @@ def require_adapters(model: nn.Module, names: str | Sequence[str], known: Iterab
         raise ValueError("Give at least one adapter name; to use none, call disable_adapter_layers().")
     for name in asked:
         if name not in known:
-            raise ValueError(f"Adapter {name!r} not found{did_you_mean(name, known)}. Loaded: {', '.join(known) or 'none'}.")
+            raise ValueError(
+                f"Adapter {name!r} not found{did_you_mean(name, known)}. Loaded: {', '.join(known) or 'none'}."
+            )
     if len(set(asked)) < len(asked):
         doubt(f"Adapter names are given twice: {asked}. Each is applied once.")
     return list(dict.fromkeys(asked))

@@ -288,4 +288,6 @@ def check_mergeable(model: nn.Module, layers: Sequence[tuple[str, AdapterLayer, 
             )
     bad = [name for name, layer, _ in layers if (r := record_of(layer)) is not None and r.originals and not r.intact]
     if bad:
-        doubt(f"Weights with merged adapters were changed since: {shorten(bad)}. Unmerging them will subtract and round.")
+        doubt(
+            f"Weights with merged adapters were changed since: {shorten(bad)}. Unmerging them will subtract and round."
+        )

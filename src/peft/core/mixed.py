@@ -131,14 +131,15 @@ def planned(model: nn.Module, shared: Shared, plan: MixedPlan) -> Iterator[None]
         function = module.__dict__.get("_gradient_checkpointing_func")
         if function is not None and getattr(module, "gradient_checkpointing", False):
             bound.append((module, function))
-            module._gradient_checkpointing_func = functools.partial(_checkpoint_planned, function, shared, plan)
+            planned_function = functools.partial(_checkpoint_planned, function, shared, plan)
+            module.__dict__["_gradient_checkpointing_func"] = planned_function
     shared.plan = plan
     try:
         yield
     finally:
         shared.plan = before
         for module, function in bound:
-            module._gradient_checkpointing_func = function
+            module.__dict__["_gradient_checkpointing_func"] = function
 
 
 def _checkpoint_planned(checkpoint: Any, shared: Shared, plan: MixedPlan, function: Any, *args: Any, **kw: Any) -> Any:

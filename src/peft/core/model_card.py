@@ -49,5 +49,13 @@ def _body(configs: Mapping[str, Any], base: Any) -> str:
         method = str(getattr(config.peft_type, "value", config.peft_type))
         task = f", task {getattr(config.task_type, 'value', config.task_type)}" if config.task_type else ""
         lines.append(f"- `{name}`: {method}{task}")
-    lines += ["", "```python", "from peft import PeftModel", "", "model = PeftModel.from_pretrained(base_model, folder)", "```", ""]
+    lines += [
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        "model = PeftModel.from_pretrained(base_model, folder)",
+        "```",
+        "",
+    ]
     return "\n".join(lines)

@@ -107,7 +107,12 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
     def trainable_leaf(module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
-        return not isinstance(module, BaseTunerLayer) and not list(module.children()) and weight is not None and weight.requires_grad
+        return (
+            not isinstance(module, BaseTunerLayer)
+            and not list(module.children())
+            and weight is not None
+            and weight.requires_grad
+        )
 
     leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=trainable_leaf)
     blocks = functools.partial(

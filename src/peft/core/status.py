@@ -99,9 +99,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
                 merged_adapters=list(layer.merged_adapters),
                 requires_grad={n: _common([p.requires_grad for p in ps]) for n, ps in by_adapter.items() if ps},
                 available_adapters=sorted(layer.adapter_names()),
-                devices={n: sorted({p.device.type if p.device.index is None else str(p.device) for p in ps}) for n, ps in by_adapter.items()},
+                devices={n: sorted({_place(p) for p in ps}) for n, ps in by_adapter.items()},
             )
-        )  # fmt: skip
+        )
     if not statuses:
         raise ValueError("No adapter layers found in the model: it is no PeftModel, or its adapters were unloaded.")
     return statuses
@@ -153,6 +153,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         if parameter.requires_grad:
             trainable += size
     return trainable, total
+
+
+def _place(parameter: nn.Parameter) -> str:
+    device = parameter.device
+    return device.type if device.index is None else str(device)
 
 
 def _holder(model: nn.Module) -> nn.Module:

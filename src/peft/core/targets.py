@@ -81,7 +81,9 @@ def find_targets(model: nn.Module, config: Any, targets: set[str] | str) -> dict
         names = [excluded] if isinstance(excluded, str) else sorted(excluded)
         idle = [e for e in names if not any(match(e if isinstance(excluded, str) else {e}, n) for n in found)]
         if idle:
-            doubt(f"exclude_modules {shorten(idle)} match none of the targeted modules. Remove them, or mend the names.")
+            doubt(
+                f"exclude_modules {shorten(idle)} match none of the targeted modules. Remove them, or mend the names."
+            )
     if not isinstance(targets, str):
         idle = sorted(targets - used)
         if idle:
@@ -236,7 +238,9 @@ def _nothing_message(
             if kind_of(m.get_base_layer() if isinstance(m, BaseTunerLayer) else m) is not None
         )
     )
-    hints = "".join(did_you_mean(t.rsplit(".", 1)[-1], candidates) for t in ([] if isinstance(targets, str) else targets))
+    hints = "".join(
+        did_you_mean(t.rsplit(".", 1)[-1], candidates) for t in ([] if isinstance(targets, str) else targets)
+    )
     return (
         f"Target modules {asked} not found in the base model{hints}. Please check the target modules and try again. "
         f"Modules that can be adapted here: {shorten(candidates, 20)}."

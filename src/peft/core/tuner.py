@@ -192,13 +192,17 @@ class BaseTuner(nn.Module):
 
         names = self.active_adapters if merged is None else list(merged)
         places = [(n, m) for n, m in adapted_modules(self.model) if not n.endswith(".base_layer")]
-        for name, layer in tqdm(places, disable=not progressbar, desc="Unloading" if not names else "Merging and unloading"):
+        for name, layer in tqdm(
+            places, disable=not progressbar, desc="Unloading" if not names else "Merging and unloading"
+        ):
             base = layer.get_base_layer()
             if isinstance(layer, ModulesToSaveWrapper):
                 base = next((layer.modules_to_save[n] for n in names if n in layer.modules_to_save), base)
             base.__dict__.pop(merging._ATTRIBUTE, None)
             if not name:
-                raise ValueError("The model itself is one adapted layer; there is no place to put the plain layer back.")
+                raise ValueError(
+                    "The model itself is one adapted layer; there is no place to put the plain layer back."
+                )
             parent_name, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent_name), child, base)
         with contextlib.suppress(AttributeError):
@@ -221,7 +225,9 @@ class BaseTuner(nn.Module):
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         """The base model's configuration as a dictionary."""
         config = getattr(model, "config", None)
-        return config if isinstance(config, dict) else config.to_dict() if config is not None else {"model_type": "custom"}
+        return (
+            config if isinstance(config, dict) else config.to_dict() if config is not None else {"model_type": "custom"}
+        )
 
     def named_adapted_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
         """Names and modules of all adapted layers."""

@@ -110,11 +110,13 @@ class LoraConfig(WeightConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
-                raise ValueError(f"`{name}` should be a dictionary from a module name or pattern to a value, got {value!r}.")
+                raise ValueError(
+                    f"`{name}` should be a dictionary from a module name or pattern to a value, got {value!r}."
+                )
         self._check_built()
 
     def _check_built(self) -> None:
-        empty = (None, False, {}, [])
+        empty: tuple[Any, ...] = (None, False, {}, [])
         unbuilt = [name for name in self._not_built if getattr(self, name) not in empty]
         if self.runtime_config is not None and any(vars(self.runtime_config).values()):
             unbuilt.append("runtime_config")

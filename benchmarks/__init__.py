@@ -1,0 +1,1 @@
+"""The benchmark: this library and the peer, measured alternately in one run."""

@@ -1,0 +1,233 @@
+"""The plan: which measures are taken, in which order, alternating between the sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.methods import DEEP, FROZEN, FULL, METHODS, SHAPES, Method, Shape
+from benchmarks.report import Row
+from benchmarks.sides import Side, WorkerProcess
+
+Say = Callable[[str], None]
+BASE_IMPORT = "import torch, transformers"
+IMPORTS = ("import peft", "from peft import LoraConfig, PeftModel, get_peft_model")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        shapes: The shapes of the training measures.
+        methods: The methods measured on them, besides the frozen model and full fine-tuning.
+        sections: A part of `SECTIONS`.
+        repeats: Rounds of the step and forward times.
+        peaks: The pairs of shape and method whose peak memory is measured.
+        peak_repeats: Fresh processes for each peak.
+        imports: The lines whose import time is measured.
+        import_repeats: Fresh processes for each import time.
+        operation_repeats: Rounds of the operations.
+        loads: How many adapters are loaded one after the other.
+        options: More arguments of `Subject.build`: dtype and checkpointing.
+    """
+
+    shapes: Sequence[Shape]
+    methods: Sequence[Method]
+    sections: Sequence[str]
+    repeats: int
+    peaks: Sequence[tuple[Shape, Method]]
+    peak_repeats: int
+    imports: Sequence[str]
+    import_repeats: int
+    operation_repeats: int
+    loads: int
+    options: dict[str, Any]
+
+
+def in_turn(sides: Sequence[Any], rounds: int) -> Iterator[Any]:
+    """The sides in turn, the other one first in every second round: A B, B A, A B, … Drift then favours none."""
+    for number in range(rounds):
+        yield from sides if number % 2 == 0 else reversed(sides)
+
+
+def training(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
+    """Step time, forward time and bytes saved for backward, every subject living in one worker a side."""
+    subjects = [FROZEN, FULL, *(method.name for method in plan.methods)]
+    with ExitStack() as stack:
+        workers = [stack.enter_context(side.worker()) for side in sides]
+        for shape in plan.shapes:
+            yield from _training_of(shape, subjects, workers, plan, say)
+
+
+def _training_of(
+    shape: Shape, subjects: Sequence[str], workers: Sequence[WorkerProcess], plan: Plan, say: Say
+) -> Iterator[Row]:
+    measures = {"step": "s", "step with optimizer": "s", "forward": "s", "bytes saved": "bytes"}
+    rows = {
+        (subject, measure): Row(shape.name, f"{subject}: {measure}", unit, FROZEN)
+        for subject in subjects
+        for measure, unit in measures.items()
+    }
+    for worker in workers:
+        worker.ask("clear")
+        for subject in subjects:
+            say(f"{shape.name}: {worker.side.name} builds {subject}")
+            worker.ask("build", shape=shape.name, method=subject, **plan.options)
+        nodes = {subject: worker.ask("saved", method=subject) for subject in subjects}
+        for subject in subjects:
+            if nodes[subject] != worker.ask("saved", method=subject):
+                raise RuntimeError(f"{worker.side.name}: bytes saved by {subject} changed from one step to the next")
+            row = rows[subject, "bytes saved"]
+            row.add(worker.side.name, sum(nodes[subject].values()), sum(nodes[FROZEN].values()))
+            row.details[worker.side.name] = nodes[subject]
+    for number in range(plan.repeats):
+        say(f"{shape.name}: round {number + 1} of {plan.repeats}")
+        seconds: dict[tuple[str, str, str], float] = {}
+        for subject in subjects:
+            for worker in workers if number % 2 == 0 else reversed(workers):
+                step = worker.ask("step", method=subject)
+                values = {**step, "forward": worker.ask("forward", method=subject)}
+                seconds |= {(worker.side.name, subject, measure): value for measure, value in values.items()}
+        for (side, subject, measure), value in seconds.items():
+            rows[subject, measure].add(side, value, seconds[side, FROZEN, measure])
+    yield from rows.values()
+
+
+def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
+    """Peak memory of fresh processes that make three training steps with their optimizer."""
+    frozen: dict[Shape, dict[str, list[dict[str, float]]]] = {}
+
+    def measure(shape: Shape, subject: str) -> dict[str, list[dict[str, float]]]:
+        say(f"{shape.name}: peak memory of {subject}")
+        found: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
+        for side in in_turn(sides, plan.peak_repeats):
+            with side.worker() as worker:
+                found[side.name].append(worker.ask("peak", shape=shape.name, method=subject, **plan.options))
+        return found
+
+    for shape, method in plan.peaks:
+        bounds = frozen.get(shape) or frozen.setdefault(shape, measure(shape, FROZEN))
+        values = measure(shape, method.name)
+        for key, name in (("process", "peak memory"), ("added", "peak memory above the imports")):
+            row = Row(shape.name, f"{method.name}: {name}", "bytes", FROZEN)
+            for side in sides:
+                for value, bound in zip(values[side.name], bounds[side.name], strict=True):
+                    row.add(side.name, value[key], bound[key])
+            yield row
+
+
+def imports(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
+    """Import times in fresh processes, relative to those of torch and transformers."""
+    rows = [Row("Operations", f"`{line}`", "s", f"`{BASE_IMPORT}`") for line in plan.imports]
+    timer = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+    for side in in_turn(sides, plan.import_repeats):
+        say(f"imports: {side.name}")
+        bound, *seconds = (float(side.run(timer.format(line))) for line in (BASE_IMPORT, *plan.imports))
+        for row, value in zip(rows, seconds, strict=True):
+            row.add(side.name, value, bound)
+    yield from rows
+
+
+def operations(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
+    """What a user waits for besides training: injection, saving, loading, switching, merging."""
+    rows: dict[str, Row] = {}
+
+    def take(measure: str, call: str, workers: Sequence[WorkerProcess], **arguments: Any) -> None:
+        row = rows.setdefault(measure, Row("Operations", measure, "s", details={"model": DEEP.name}))
+        for worker in workers:
+            row.add(worker.side.name, worker.ask(call, **arguments))
+
+    with ExitStack() as stack:
+        workers = [stack.enter_context(side.worker()) for side in sides]
+        for worker in workers:
+            worker.ask("open_deep")
+        for number in range(plan.operation_repeats):
+            say(f"operations: round {number + 1} of {plan.operation_repeats}")
+            order = workers if number % 2 == 0 else workers[::-1]
+            for _ in range(3):
+                take("injection", "inject", order)
+                take("save", "save", order)
+            for load in range(1, plan.loads + 1):
+                take(_nth_load(load, plan.loads), "load", order, number=load)
+                if load in (2, plan.loads):
+                    for adapter in (2, 1) * 3:
+                        take(f"set_adapter, {load} loaded", "set_adapter", order, number=adapter)
+                if load == 2:
+                    for _ in range(3):
+                        take("merge", "merge", order)
+                        take("unmerge", "unmerge", order)
+    rows.pop("", None)  # the loads in between
+    yield from rows.values()
+    second, last = rows["2nd load_adapter"], rows[f"{plan.loads}th load_adapter"]
+    yield Row("Operations", last.measure, "s", "own 2nd", last.ours, last.peer, second.ours, second.peer)
+
+
+def _nth_load(load: int, loads: int) -> str:
+    """The row that a load counts for, or none.
+
+    The n-th load is three neighbouring ones, since a single one is too short to time well.
+    """
+    if load == 1:
+        return "1st adapter from a folder"
+    names = {"2nd": (2, 4), "10th": (9, 11), f"{loads}th": (loads - 2, loads)}
+    return next((f"{name} load_adapter" for name, (first, last) in names.items() if first <= load <= last), "")
+
+
+SECTIONS: dict[str, Callable[[Plan, Sequence[Side], Say], Iterator[Row]]] = {
+    "training": training,
+    "peak": peak,
+    "operations": operations,
+    "imports": imports,
+}
+
+
+def make_plan(
+    only: Sequence[str] = (), quick: bool = False, repeats: int | None = None, options: dict[str, Any] | None = None
+) -> Plan:
+    """Chooses what to measure.
+
+    Args:
+        only: Names of sections, shapes or methods: the others of their kind are left out. A shape is known by the
+            beginning of its name, for example `BERT`; a method or a section by its whole name.
+        quick: Fewer rounds and the first methods only.
+        repeats: Rounds of the step and forward times.
+        options: More arguments of `Subject.build`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: A name means nothing, or the number of rounds is not positive.
+    """
+    sections = [name for name in SECTIONS if name in only]
+    shapes = [shape for shape in SHAPES if shape.name.lower().startswith(tuple(name.lower() for name in only))]
+    methods = [method for method in METHODS if method.name in only]
+    known = {*sections, *(method.name for method in methods)}
+    for name in only:
+        if name not in known and not any(shape.name.lower().startswith(name.lower()) for shape in shapes):
+            names = [*SECTIONS, *(row.name for row in (*SHAPES, *METHODS))]
+            raise ValueError(f"--only {name!r} is neither a section, nor a shape, nor a method: {', '.join(names)}")
+    if repeats is not None and repeats < 1:
+        raise ValueError(f"--repeats must be positive, not {repeats}")
+    if not sections:
+        sections = ["training", "peak"] if shapes or methods else list(SECTIONS)
+    shapes = shapes or list(SHAPES)
+    methods = methods or [method for method in METHODS if method.quick or not quick]
+    # Every peak costs the start of a process: the quick form takes one.
+    peaks = [(shape, method) for shape in shapes for method in methods]
+    return Plan(
+        shapes=shapes,
+        methods=methods,
+        sections=sections,
+        repeats=repeats or (3 if quick else 15),
+        peaks=peaks[:1] if quick else peaks,
+        peak_repeats=1 if quick else 3,
+        imports=IMPORTS[:1] if quick else IMPORTS,
+        import_repeats=2 if quick else 9,
+        operation_repeats=1 if quick else 3,
+        loads=20 if quick else 60,
+        options=options or {},
+    )

@@ -1,0 +1,143 @@
+"""What is measured: the reference shapes and the table of methods. A new method is one row of `METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+FROZEN = "frozen model"
+FULL = "full fine-tuning"
+DROPOUT = ", dropout 0.1"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model without a head and the batch it is measured with.
+
+    Attributes:
+        name: How tables call it.
+        architecture: `"bert"` or `"llama"`.
+        sizes: Fields of the transformers config. The vocabulary is small, so that the layers set the ratios.
+        batch: Rows of a batch.
+        tokens: Tokens of a row.
+        attention: The projections that the usual LoRA recipe adapts: query and value.
+    """
+
+    name: str
+    architecture: str
+    sizes: dict[str, Any]
+    batch: int
+    tokens: int
+    attention: tuple[str, ...]
+
+
+BERT = Shape(
+    "BERT-like 6×384, batch 8×128",
+    "bert",
+    {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    batch=8,
+    tokens=128,
+    attention=("query", "value"),
+)
+LLAMA = Shape(
+    "Llama-like 8×576, batch 4×128",
+    "llama",
+    {
+        "hidden_size": 576,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+    },
+    batch=4,
+    tokens=128,
+    attention=("q_proj", "v_proj"),
+)
+SHAPES = (BERT, LLAMA)
+
+# Many small layers: what counts here is the work per module, not the arithmetic. 32 × 7 = 224 adapted modules.
+DEEP = Shape(
+    "Llama-like 32×256, 224 modules",
+    "llama",
+    {
+        "hidden_size": 256,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 704,
+    },
+    batch=1,
+    tokens=16,
+    attention=("q_proj", "v_proj"),
+)
+DEEP_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def build_model(shape: Shape) -> Any:
+    """Builds a shape's model with random weights and without dropout of its own.
+
+    Args:
+        shape: One of the shapes above.
+
+    Returns:
+        A transformers model, its weights set by torch's current seed.
+    """
+    import transformers
+
+    common: dict[str, Any] = {"vocab_size": 1024, "max_position_embeddings": 1024, "use_cache": False}
+    if shape.architecture == "bert":
+        dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = transformers.BertConfig(**shape.sizes, **common, **dropout)
+        return transformers.BertModel(config, add_pooling_layer=False)
+    return transformers.LlamaModel(transformers.LlamaConfig(**shape.sizes, **common))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: How tables and `--only` call it.
+        config: Makes its config. Called with the module `peft` (ours or the peer's: the API is one) and the shape.
+        quick: Whether the quick form measures it too.
+    """
+
+    name: str
+    config: Callable[[Any, Shape], Any]
+    quick: bool = False
+
+
+def _lora(all_linear: bool = False, dropout: float = 0.0) -> Callable[[Any, Shape], Any]:
+    def config(peft: Any, shape: Shape) -> Any:
+        targets = "all-linear" if all_linear else list(shape.attention)
+        return peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets)
+
+    return config
+
+
+METHODS = (
+    Method("LoRA r8", _lora(), quick=True),
+    Method("LoRA r8" + DROPOUT, _lora(dropout=0.1), quick=True),
+    Method("LoRA r8 all-linear", _lora(all_linear=True)),
+    Method("LoRA r8 all-linear" + DROPOUT, _lora(all_linear=True, dropout=0.1)),
+)
+
+
+def find(table: tuple[Any, ...], name: str) -> Any:
+    """Finds a row of a table by its name.
+
+    Args:
+        table: `SHAPES` or `METHODS`.
+        name: The exact name.
+
+    Returns:
+        The row.
+
+    Raises:
+        KeyError: No row has that name.
+    """
+    for row in table:
+        if row.name == name:
+            return row
+    raise KeyError(f"{name!r} is none of {[row.name for row in table]}")
