@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.methods import DEEP, FROZEN, FULL, METHODS, SHAPES, Method, Shape
 from benchmarks.report import Row
-from benchmarks.sides import Side, WorkerProcess
+from benchmarks.sides import Side, WorkerProcess, workers
 
 Say = Callable[[str], None]
 BASE_IMPORT = "import torch, transformers"
@@ -56,14 +55,13 @@ def in_turn(sides: Sequence[Any], rounds: int) -> Iterator[Any]:
 def training(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Step time, forward time and bytes saved for backward, every subject living in one worker a side."""
     subjects = [FROZEN, FULL, *(method.name for method in plan.methods)]
-    with ExitStack() as stack:
-        workers = [stack.enter_context(side.worker()) for side in sides]
+    with workers(*sides) as pair:
         for shape in plan.shapes:
-            yield from _training_of(shape, subjects, workers, plan, say)
+            yield from _training_of(shape, subjects, pair, plan, say)
 
 
 def _training_of(
-    shape: Shape, subjects: Sequence[str], workers: Sequence[WorkerProcess], plan: Plan, say: Say
+    shape: Shape, subjects: Sequence[str], pair: Sequence[WorkerProcess], plan: Plan, say: Say
 ) -> Iterator[Row]:
     measures = {"step": "s", "step with optimizer": "s", "forward": "s", "bytes saved": "bytes"}
     rows = {
@@ -71,7 +69,7 @@ def _training_of(
         for subject in subjects
         for measure, unit in measures.items()
     }
-    for worker in workers:
+    for worker in pair:
         worker.ask("clear")
         for subject in subjects:
             say(f"{shape.name}: {worker.side.name} builds {subject}")
@@ -87,7 +85,7 @@ def _training_of(
         say(f"{shape.name}: round {number + 1} of {plan.repeats}")
         seconds: dict[tuple[str, str, str], float] = {}
         for subject in subjects:
-            for worker in workers if number % 2 == 0 else reversed(workers):
+            for worker in pair if number % 2 == 0 else reversed(pair):
                 step = worker.ask("step", method=subject)
                 values = {**step, "forward": worker.ask("forward", method=subject)}
                 seconds |= {(worker.side.name, subject, measure): value for measure, value in values.items()}
@@ -97,19 +95,19 @@ def _training_of(
 
 
 def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
-    """Peak memory of fresh processes that make three training steps with their optimizer."""
-    frozen: dict[Shape, dict[str, list[dict[str, float]]]] = {}
+    """Peak memory of fresh processes that make two training steps with their optimizer."""
+    frozen: dict[str, dict[str, list[dict[str, float]]]] = {}
 
     def measure(shape: Shape, subject: str) -> dict[str, list[dict[str, float]]]:
         say(f"{shape.name}: peak memory of {subject}")
         found: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
         for side in in_turn(sides, plan.peak_repeats):
-            with side.worker() as worker:
+            with workers(side) as (worker,):
                 found[side.name].append(worker.ask("peak", shape=shape.name, method=subject, **plan.options))
         return found
 
     for shape, method in plan.peaks:
-        bounds = frozen.get(shape) or frozen.setdefault(shape, measure(shape, FROZEN))
+        bounds = frozen.get(shape.name) or frozen.setdefault(shape.name, measure(shape, FROZEN))
         values = measure(shape, method.name)
         for key, name in (("process", "peak memory"), ("added", "peak memory above the imports")):
             row = Row(shape.name, f"{method.name}: {name}", "bytes", FROZEN)
@@ -135,18 +133,17 @@ def operations(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """What a user waits for besides training: injection, saving, loading, switching, merging."""
     rows: dict[str, Row] = {}
 
-    def take(measure: str, call: str, workers: Sequence[WorkerProcess], **arguments: Any) -> None:
+    def take(measure: str, call: str, pair: Sequence[WorkerProcess], **arguments: Any) -> None:
         row = rows.setdefault(measure, Row("Operations", measure, "s", details={"model": DEEP.name}))
-        for worker in workers:
+        for worker in pair:
             row.add(worker.side.name, worker.ask(call, **arguments))
 
-    with ExitStack() as stack:
-        workers = [stack.enter_context(side.worker()) for side in sides]
-        for worker in workers:
+    with workers(*sides) as pair:
+        for worker in pair:
             worker.ask("open_deep")
         for number in range(plan.operation_repeats):
             say(f"operations: round {number + 1} of {plan.operation_repeats}")
-            order = workers if number % 2 == 0 else workers[::-1]
+            order = pair if number % 2 == 0 else pair[::-1]
             for _ in range(3):
                 take("injection", "inject", order)
                 take("save", "save", order)

@@ -86,7 +86,7 @@ def _parts(held: object) -> Iterator[object]:
         yield from _saved_by(held)
         yield from getattr(held, "__dict__", {}).values()
     elif isinstance(held, SavedTensor):
-        yield from (held.data, held.unpack_hook)
+        yield from (held.data, held.unpack_hook)  # type: ignore[attr-defined]  # missing in torch's stubs
     elif isinstance(held, types.FunctionType):
         yield from (cell.cell_contents for cell in held.__closure__ or () if not _is_empty(cell))
     elif isinstance(held, types.MethodType):

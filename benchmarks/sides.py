@@ -67,17 +67,6 @@ class Side:
         )
         return dict(line.split(" ", 1) for line in self.run(code).splitlines())
 
-    @contextlib.contextmanager
-    def worker(self) -> Iterator[WorkerProcess]:
-        """Starts a worker, which ends with the `with` block."""
-        command = [self.python, "-m", "benchmarks.worker"]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env=self.environment, cwd=ROOT, **pipes) as process:
-            worker = WorkerProcess(self, process)
-            worker.ask("hello", threads=self.threads)
-            yield worker
-            process.stdin.close()  # type: ignore[union-attr]
-
 
 class WorkerProcess:
     """A running worker.
@@ -86,9 +75,11 @@ class WorkerProcess:
         side: The side it runs on.
     """
 
-    def __init__(self, side: Side, process: subprocess.Popen[str]) -> None:
+    def __init__(self, side: Side) -> None:
         self.side = side
-        self._process = process
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [side.python, "-m", "benchmarks.worker"]
+        self._process = subprocess.Popen(command, env=side.environment, cwd=ROOT, **pipes)
 
     def ask(self, call: str, **arguments: Any) -> Any:
         """Sends a request and waits for its answer.
@@ -112,3 +103,24 @@ class WorkerProcess:
         if "error" in answer:
             raise RuntimeError(f"{self.side.name} failed in {call!r} {arguments}:\n{answer['error']}")
         return answer["value"]
+
+    def close(self) -> None:
+        """Ends the process: it leaves when it is asked nothing more."""
+        self._process.communicate()
+
+
+@contextlib.contextmanager
+def workers(*sides: Side) -> Iterator[list[WorkerProcess]]:
+    """Starts a worker on each side, together; they end with the `with` block.
+
+    Args:
+        sides: The sides.
+
+    Yields:
+        The workers, in the order of the sides.
+    """
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(contextlib.closing(WorkerProcess(side))) for side in sides]
+        for worker in started:
+            worker.ask("hello", threads=worker.side.threads)
+        yield started

@@ -110,15 +110,16 @@ class Worker:
         self._subjects: dict[str, Subject] = {}
 
     def hello(self, threads: int) -> None:
-        """Fixes the threads."""
+        """Fixes the threads, and takes what the imports made out of the garbage collector's sight."""
         torch.set_num_threads(threads)
+        gc.collect()
+        gc.freeze()
 
     def build(self, shape: str, method: str, **options: Any) -> None:
         """Makes a subject known as `method` and warms it up."""
         subject = self._subjects[method] = Subject.build(find(SHAPES, shape), method, **options)
-        for _ in range(2):
-            subject.step()
-            subject.forward()
+        subject.step()
+        subject.forward()
 
     def clear(self) -> None:
         self._subjects.clear()
@@ -133,7 +134,7 @@ class Worker:
         return self._subjects[method].saved()
 
     def peak(self, shape: str, method: str, **options: Any) -> dict[str, int]:
-        """Peak memory after three training steps: of the process, and what was added to the imports'.
+        """Peak memory after two training steps: of the process, and what was added to the imports'.
 
         Meant as the only request of a fresh process.
         """
@@ -144,7 +145,7 @@ class Worker:
             getattr(peft, name)
         imports = _peak()
         subject = Subject.build(find(SHAPES, shape), method, **options)
-        for _ in range(3):
+        for _ in range(2):  # the second has the optimizer's state beside the activations
             subject.step()
         return {"process": _peak(), "added": _peak() - imports}
 

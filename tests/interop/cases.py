@@ -36,7 +36,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter of a case.
+    """One adapter of a case. Another method needs rows only: ``Adapter({…}, method="IA3Config", centre=1.0)``.
 
     Args:
         values: Arguments of the config class, without the task type.
@@ -236,7 +236,14 @@ CASES: tuple[Case, ...] = (
         "FEATURE_EXTRACTION",
     ),
     Case("bert-rank-one", "bert-encoder", (lora(r=1, lora_alpha=3, target_modules=["dense"]),), "FEATURE_EXTRACTION"),
-    Case("bert-bias-all", "bert-classifier", (lora(bias="all"),), "SEQ_CLS"),
+    # The peer's file holds the head's bias three times over, as the adapter's, as the wrapper's and as the base model's.
+    Case(
+        "bert-bias-all",
+        "bert-classifier",
+        (lora(bias="all"),),
+        "SEQ_CLS",
+        more_here=("adapter states", "file keys"),
+    ),
     Case("bert-bias-lora-only", "bert-classifier", (lora(bias="lora_only"),), "SEQ_CLS"),
     Case(
         "bert-gaussian",

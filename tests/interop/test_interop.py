@@ -124,6 +124,11 @@ def both_read(lab: Lab, case: Case, section: str) -> None:
     same(reports["ours"].get(section), reports["peer"].get(section))
 
 
+def test_case_names_are_unique() -> None:
+    """The name is the folder."""
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
 # -- making adapters -------------------------------------------------------------------------------------------------
 
 
@@ -312,13 +317,13 @@ def test_files(lab: Lab, case: Case) -> None:
     same_made(lab, case, "saving")
 
 
-@over(CASES)
+@over(CASES, "file keys")
 def test_file_keys(lab: Lab, case: Case) -> None:
     got, wanted = tensor_files(lab.saved(case, "ours")), tensor_files(lab.saved(case, "peer"))
     same({name: sorted(entries) for name, entries in got.items()}, {k: sorted(v) for k, v in wanted.items()})
 
 
-@over(CASES)
+@over(CASES, "file keys")
 def test_file_shapes_and_dtypes(lab: Lab, case: Case) -> None:
     got, wanted = tensor_files(lab.saved(case, "ours")), tensor_files(lab.saved(case, "peer"))
     same(got, wanted)

@@ -21,6 +21,9 @@ class LayerKind:
     takes_indices = False
     """Whether the layer's input is a tensor of indices, which can be neither scaled nor dropped out."""
 
+    is_matrix_product = False
+    """Whether the layer computes ``x Wᵀ`` over the last dimension, so that kernels for matrices apply."""
+
     def matches(self, layer: nn.Module) -> bool:
         """Whether the layer is of this kind."""
         raise NotImplementedError
@@ -63,6 +66,7 @@ class LinearKind(LayerKind):
     """``nn.Linear``: ``y = x Wᵀ + b`` with W of shape (out_features, in_features)."""
 
     name = "Linear"
+    is_matrix_product = True
 
     def matches(self, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Linear) and has_plain_weight(layer)
@@ -130,6 +134,7 @@ class OpaqueLinearKind(LayerKind):
     """A linear layer whose weight is no plain float matrix (quantised): only its output can be added to."""
 
     name = "opaque linear"
+    is_matrix_product = True
 
     def matches(self, layer: nn.Module) -> bool:
         return (

@@ -35,6 +35,11 @@ def resolve_defaults(config: Any, model: nn.Module, role: str) -> set[str] | str
     for model_type in candidates:
         targets = default_targets(model_type, role)
         if targets is not None:
+            if model_type != candidates[0]:
+                doubt(
+                    f"No default target_modules are known for models of type {candidates[0]!r}; those of the {model_type!r} inside "
+                    f"it are used: {targets!r}. They may reach other parts of the model too: name target_modules to be sure."
+                )
             return targets if isinstance(targets, str) else set(targets)
     if not candidates:
         raise ValueError(
@@ -84,7 +89,7 @@ def find_targets(model: nn.Module, config: Any, targets: set[str] | str) -> dict
             doubt(
                 f"exclude_modules {shorten(idle)} match none of the targeted modules. Remove them, or mend the names."
             )
-    if not isinstance(targets, str):
+    if not isinstance(targets, str) and config.target_modules is not None:  # defaults may cover more than one variant
         idle = sorted(targets - used)
         if idle:
             known = last_names(modules)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...core.errors import doubt
 from ...core.layer import AdapterLayer
+from ...kernels.low_rank import add_low_rank
 
 
 class LoraLayer(AdapterLayer):
@@ -78,6 +79,8 @@ class LoraLayer(AdapterLayer):
         x = self.cast_input(x, a.dtype)
         if not self.kind.takes_indices:
             x = self.lora_dropout[name](x)
+        if self.kind.is_matrix_product:
+            return add_low_rank(y, x, a, b, self.scaling[name])
         return y + self.kind.mix(base, self.kind.product(base, x, a), b) * self.scaling[name]
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
