@@ -22,7 +22,7 @@ from sklearn.metrics import classification_report
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -138,9 +138,12 @@ def batches(
 def load_base(source: str | Path) -> nn.Module:
     """The pretrained encoder with a fresh classifier of two labels on top."""
     names = dict(enumerate(LABELS))
-    return AutoModelForSequenceClassification.from_pretrained(
+    config = AutoConfig.from_pretrained(
         source, num_labels=len(LABELS), id2label=names, label2id={v: k for k, v in names.items()}
     )
+    if hasattr(config, "attention_probs_dropout_prob"):
+        config.attention_probs_dropout_prob = 0.0  # on a CPU, attention with dropout takes seven times as long
+    return AutoModelForSequenceClassification.from_pretrained(source, config=config)
 
 
 def prepare(base: nn.Module, method: str, rank: int) -> nn.Module:

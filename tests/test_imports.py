@@ -26,6 +26,7 @@ LEVELS = {
     "core": 3,
     "tuners": 4,
     "model": 5,
+    "task_models": 5,
     "mapping": 6,
     "auto": 6,
     "functional": 7,

@@ -29,7 +29,9 @@ def test_low_rank_of_non_contiguous_and_mixed_inputs():
     y, x, a, b = operands((3, 4))
     y, x = y.transpose(0, 1), x.transpose(0, 1)
     torch.testing.assert_close(add_low_rank(y, x, a, b, 2.0), add_low_rank_reference(y, x, a, b, 2.0))
-    half = add_low_rank(y.bfloat16(), x.float(), a.float(), b.float(), 2.0)  # a half-precision base under float32 adapters
+    half = add_low_rank(
+        y.bfloat16(), x.float(), a.float(), b.float(), 2.0
+    )  # a half-precision base under float32 adapters
     torch.testing.assert_close(half.double(), add_low_rank_reference(y, x, a, b, 2.0), atol=0.1, rtol=0.02)
     with torch.autocast("cpu", torch.bfloat16):
         y, x, a, b = operands(dtype=torch.float32)

@@ -11,8 +11,9 @@ _PLACES = {
     "config": ("PeftConfig", "PeftType", "PromptLearningConfig", "TaskType"),
     "core.errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
     "mapping": ("get_peft_config", "get_peft_model", "inject_adapter_in_model"),
-    "model": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+    "model": ("PeftMixedModel", "PeftModel"),
+    "task_models": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
@@ -29,7 +30,7 @@ _PLACES = {
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 _SUBMODULES = {
     "auto", "config", "core", "functional", "helpers", "kernels", "mapping", "mapping_func", "mixed_model", "model", "peft_model",
-    "registry", "tuners", "utils",
+    "registry", "task_models", "tuners", "utils",
 }  # fmt: skip
 
 __all__ = sorted(_HOME)
@@ -87,12 +88,12 @@ if TYPE_CHECKING:
     from .mapping import inject_adapter_in_model as inject_adapter_in_model
     from .model import PeftMixedModel as PeftMixedModel
     from .model import PeftModel as PeftModel
-    from .model import PeftModelForCausalLM as PeftModelForCausalLM
-    from .model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-    from .model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-    from .model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
-    from .model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
-    from .model import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from .task_models import PeftModelForCausalLM as PeftModelForCausalLM
+    from .task_models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from .task_models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from .task_models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from .task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from .task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
     from .tuners.lora import LoraRuntimeConfig as LoraRuntimeConfig

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from .config import PeftConfig, TaskType
 from .core.files import fetch, hub_kwargs
-from .model import (
-    PeftModel,
+from .model import PeftModel
+from .task_models import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,

@@ -13,8 +13,9 @@ from .config import PeftConfig, TaskType
 from .core.errors import PeftWarning, strictness
 from .core.injection import inject
 from .core.layer import adapted_modules
-from .model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftMixedModel, PeftModel
+from .model import PeftMixedModel, PeftModel
 from .registry import get_method
+from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 
 def get_peft_model(

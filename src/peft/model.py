@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -14,17 +14,16 @@ import torch
 from torch import nn
 from transformers.utils import PushToHubMixin
 
-from .config import PeftConfig, TaskType
+from .config import PeftConfig
 from .core import activation, checkpoints, status
-from .core.errors import PeftWarning, doubt, strictness
+from .core.errors import PeftWarning, strictness
 from .core.extra_modules import record_head
 from .core.files import (
-    CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
     hub_kwargs,
-    infer_device,
     load_peft_weights,
     safetensors_writer,
+    upload,
     warn_pickle,
     write_atomically,
 )
@@ -32,6 +31,7 @@ from .core.injection import cast_adapter_dtype, check_adapter_name, inject
 from .core.layer import AdapterLayer, adapted_modules, require_adapters, shared_of
 from .core.mixed import MixedPlan, batch_size_of, check_names, planned
 from .core.model_card import model_card
+from .core.preparation import enable_input_gradients, is_checkpointing
 from .core.tuner import BaseTuner
 from .registry import get_method
 
@@ -335,6 +335,42 @@ class PeftModel(PushToHubMixin, nn.Module):
             if not isinstance(module, AdapterLayer) and module.has_adapter(adapter_name):
                 yield name, module
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """Upload the adapters, with a model card that names the base model.
+
+        Args:
+            repo_id: Hub id; the repository is made if missing.
+            commit_message: Message of the commit.
+            commit_description: Its description.
+            private: Whether a repository made here is private.
+            token: Access token.
+            revision: Branch to upload to; made if missing.
+            create_pr: Open a pull request instead of committing.
+            max_shard_size: No effect: an adapter is one file.
+            tags: Further tags for the card.
+
+        Returns:
+            Address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(
+                folder, repo_id, message=commit_message or "Upload adapter", description=commit_description, private=private,
+                token=token, revision=revision, create_pr=create_pr, tags=tags,
+            )  # fmt: skip
+
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write a ``README.md`` that says what the adapter is; an existing one keeps its text and gets its metadata updated."""
         path = os.path.join(output_dir, "README.md")
@@ -506,128 +542,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         return getattr(self.get_base_model(), "dtype", None)
 
 
-def _task_forward(*names: str) -> Any:
-    """A ``forward`` with a task's own order of positional arguments, whatever the order of the base model's.
-
-    Args:
-        *names: Names of the arguments. Those not given are not passed on, so that a base model need not know them.
-    """
-
-    def forward(self: PeftModel, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        if task_ids is not None:
-            raise ValueError("`task_ids` is for multitask prompts; this adapter's method has none.")
-        if len(args) > len(names):
-            raise TypeError(
-                f"forward() takes at most {len(names)} positional arguments ({', '.join(names)}), got {len(args)}."
-            )
-        given = dict(zip(names, args, strict=False))
-        if twice := sorted(given.keys() & kwargs.keys()):
-            raise TypeError(f"forward() got {twice} both by position and by name.")
-        given = {k: v for k, v in {**given, **kwargs}.items() if v is not None or k not in names}
-        return PeftModel.forward(self, **given)
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter("self", kind)]
-        + [inspect.Parameter(n, kind, default=None) for n in (*names, "task_ids")]
-        + [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
-    )
-    forward.__doc__ = PeftModel.forward.__doc__
-    return forward
-
-
-_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
-
-
-class PeftModelForSequenceClassification(PeftModel):
-    """A sequence classifier; its head is trained and saved with the adapter."""
-
-    head_names = ("classifier", "score")
-    forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", "labels", *_OUTPUTS)
-
-
-class PeftModelForTokenClassification(PeftModel):
-    """A token classifier; its head is trained and saved with the adapter."""
-
-    head_names = ("classifier", "score")
-    forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", "labels", *_OUTPUTS)
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """An extractive question answerer; its head is trained and saved with the adapter."""
-
-    head_names = ("qa_outputs",)
-    forward = _task_forward(
-        "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "start_positions", "end_positions",
-        *_OUTPUTS,
-    )  # fmt: skip
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """An encoder whose hidden states are used."""
-
-    forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", *_OUTPUTS)
-
-
-class _Generating(PeftModel):
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
-        self.base_model_prepare_inputs_for_generation = getattr(model, "prepare_inputs_for_generation", None)
-
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """What the base model prepares for a step of generation."""
-        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
-
-
-class PeftModelForCausalLM(_Generating):
-    """A causal language model."""
-
-    forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", "labels", *_OUTPUTS)
-
-
-class PeftModelForSeq2SeqLM(_Generating):
-    """An encoder-decoder."""
-
-    forward = _task_forward(
-        "input_ids", "attention_mask", "inputs_embeds", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds",
-        "labels", *_OUTPUTS,
-    )  # fmt: skip
-
-
 class PeftMixedModel(PeftModel):
     """A model whose adapters are of different methods.
 
     Every :class:`PeftModel` can hold adapters of several weight methods; this class exists because callers ask for it by name.
     """
-
-
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
-    TaskType.SEQ_CLS.value: PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM.value: PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM.value: PeftModelForCausalLM,
-    TaskType.TOKEN_CLS.value: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
-}
-
-
-def is_checkpointing(model: nn.Module) -> bool:
-    """Whether the model recomputes activations in the backward pass."""
-    current = getattr(type(model), "is_activation_checkpointing", None)  # the newer name in transformers
-    name = "is_gradient_checkpointing" if current is None else "is_activation_checkpointing"
-    return bool(getattr(model, name, False))
-
-
-def enable_input_gradients(model: nn.Module) -> None:
-    """Let the embeddings' output require gradients, as checkpointed blocks over a frozen embedding need."""
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-        return
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if embeddings is None:
-        doubt("The model has no input embeddings to let gradients flow from; checkpointed blocks may not train.")
-    else:
-        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
 def _refuse_offload(ephemeral_gpu_offload: bool) -> None:
@@ -658,16 +577,4 @@ def _read_weights(
     )
 
 
-__all__ = [
-    "CONFIG_NAME",
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    "PeftMixedModel",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "infer_device",
-]
+__all__ = ["PeftMixedModel", "PeftModel"]

@@ -1,8 +1,8 @@
 """Names that other libraries import from ``peft.peft_model``; the code lies in ``peft.model``."""
 
 from .core.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from .model import (
-    PeftModel,
+from .model import PeftModel
+from .task_models import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,

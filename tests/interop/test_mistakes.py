@@ -40,7 +40,7 @@ MISTAKES = (
 )
 
 # Where the kind of error differs on purpose: the peer's says nothing to a reader.
-BETTER_HERE = {"load an unknown method": "ValueError"}
+BETTER_HERE = {"load an unknown method": "ValueError", "unknown bias": "ValueError"}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -237,8 +237,10 @@ def test_member(lab: Lab, name: str) -> None:
 def test_class_bases(lab: Lab, name: str) -> None:
     got, wanted = (set(told.get("bases", ())) & TELLING_BASES for told in described(lab, name))
     assert wanted - got == set()
-    # Programs merge, scale and switch every BaseTunerLayer that they meet: nothing else may pass for one.
-    assert ("BaseTunerLayer" in got) == ("BaseTunerLayer" in wanted)
+    # Modules trained in full are BaseTunerLayers here, so that transformers' enable_adapters() reaches them too; whatever
+    # programs call on every such layer does nothing on them.
+    if "BaseTunerLayer" in got - wanted:
+        assert name.endswith("Wrapper")
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name.endswith("Config")])

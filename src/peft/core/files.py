@@ -183,6 +183,45 @@ def load_peft_weights(
     return tensors
 
 
+def upload(
+    folder: str,
+    repo_id: str,
+    *,
+    message: str,
+    description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+) -> str:
+    """Upload a folder of adapters to the Hub, its model card with further tags.
+
+    Returns:
+        Address of the commit.
+    """
+    from huggingface_hub import HfApi, ModelCard
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    card_path = os.path.join(folder, "README.md")
+    if tags and os.path.isfile(card_path):
+        card = ModelCard.load(card_path)
+        card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags})
+        card.save(card_path)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message,
+        commit_description=description,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return str(commit)
+
+
 def infer_device() -> str:
     """The best device of this machine: an accelerator if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None

@@ -193,6 +193,15 @@ class BaseTunerLayer(nn.Module):
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Take merged adapters out of the base weight."""
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scale, where the method has one. Other libraries call this on every layer."""
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of all active adapters, where the method has one."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo :meth:`scale_layer`."""
+
 
 class AdapterLayer(BaseTunerLayer):
     """A layer with adapters of one weight method on it.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import doubt
+from .files import accepts
 from .layer import HALF, BaseTunerLayer
 
 
@@ -40,9 +42,6 @@ def prepare_model_for_kbit_training(
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if use_gradient_checkpointing:
-        from ..model import enable_input_gradients
-        from .files import accepts
-
         arguments = dict(gradient_checkpointing_kwargs or {})
         if arguments.get("use_reentrant", True):
             enable_input_gradients(model)
@@ -54,6 +53,25 @@ def prepare_model_for_kbit_training(
             )
         enable(**({"gradient_checkpointing_kwargs": arguments} if arguments else {}))
     return model
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether the model recomputes activations in the backward pass."""
+    current = getattr(type(model), "is_activation_checkpointing", None)  # the newer name in transformers
+    name = "is_gradient_checkpointing" if current is None else "is_activation_checkpointing"
+    return bool(getattr(model, name, False))
+
+
+def enable_input_gradients(model: nn.Module) -> None:
+    """Let the embeddings' output require gradients, as checkpointed blocks over a frozen embedding need."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+        return
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None:
+        doubt("The model has no input embeddings to let gradients flow from; checkpointed blocks may not train.")
+    else:
+        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -67,7 +67,10 @@ class LoraLayer(AdapterLayer):
             nn.init.kaiming_uniform_(random, a=math.sqrt(5))
         zero.zero_()
         if config.init_lora_weights is False:  # not the identity: for tests
-            zero.normal_(std=1 / settings["r"])
+            if self.kind.takes_indices:
+                zero.normal_()
+            else:
+                nn.init.kaiming_uniform_(zero, a=math.sqrt(5))
 
     def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
         a, b = self.factors(name)
