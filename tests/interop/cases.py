@@ -12,13 +12,6 @@ FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 3e-2
 
 
-# Sections where this library differs from the peer on purpose in every case, and why: they are not compared.
-MORE_HERE: dict[str, str] = {
-    "unloaded": "unload() gives the base model back with its own head; the peer leaves the adapter's trained head in it",
-    "model unloaded": "the same",
-}
-
-
 @dataclass(frozen=True)
 class Base:
     """A tiny base model.
