@@ -87,12 +87,16 @@ def markdown(rows: Sequence[Row], settings: dict[str, Any]) -> str:
     """
     lines = ["Ratios: median (lower–upper quartile) of pairs measured one after the other; less is better.", ""]
     for section in dict.fromkeys(row.section for row in rows):
-        lines += [f"### {section}", "", "| measure | peer/bound | ours/bound | ours/peer |", "|---|---|---|---|"]
-        for row in rows:
-            if row.section == section:
-                cells = [str(ratio) if ratio else "–" for ratio in row.ratios().values()]
-                bound = f" (bound: {row.bound})" if row.bound else ""
-                lines.append(f"| {row.measure}{bound} | {' | '.join(cells)} |")
+        shown = [row for row in rows if row.section == section]
+        bounds = {row.bound for row in shown}
+        lines += [f"### {section}", ""]
+        if len(bounds) == 1:
+            lines += [f"Bound: {shown[0].bound}.", ""]
+        lines += ["| measure | peer/bound | ours/bound | ours/peer |", "|---|---|---|---|"]
+        for row in shown:
+            cells = [str(ratio) if ratio else "–" for ratio in row.ratios().values()]
+            bound = f" (bound: {row.bound})" if row.bound and len(bounds) > 1 else ""
+            lines.append(f"| {row.measure}{bound} | {' | '.join(cells)} |")
         lines.append("")
     lines += [", ".join(f"{key} {value}" for key, value in settings.items()), ""]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from .activation import configs_of
 from .errors import MismatchError, PeftError, doubt, shorten
 from .injection import bias_parameters
 from .layer import AdapterLayer, BaseTunerLayer, adapted_modules, require_adapters
-from .targets import EMBEDDING_NAMES
+from .targets import EMBEDDING_NAMES, base_modules
 
 PREFIX = "base_model.model."
 
@@ -200,11 +200,13 @@ def embedding_weights(model: nn.Module) -> list[str]:
             layer = layer.get_base_layer()
         if layer is not None and not isinstance(layer, BaseTunerLayer):
             wanted.add(id(layer))
-    if not wanted:
-        return []
-    return [
-        f"{n}.weight" for n, m in model.named_modules() if id(m) in wanted and "modules_to_save" not in n.split(".")
-    ]
+    names = []
+    for name, module in base_modules(model).items():  # adapters are not walked through, however many there are
+        while isinstance(module, AdapterLayer):
+            name, module = f"{name}.base_layer", module.base_layer
+        if id(module) in wanted:
+            names.append(f"{name}.weight")
+    return names
 
 
 def wants_embeddings(model: nn.Module, adapter_name: str, choice: bool | Literal["auto"]) -> bool:

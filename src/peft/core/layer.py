@@ -134,8 +134,18 @@ class BaseTunerLayer(nn.Module):
             inference_mode: Leave the active ones frozen too.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in self.adapter_names():
-            self._set_trainable(name, name in names and not inference_mode)
+        trained = set() if inference_mode else set(names)
+        # Over the dictionaries below the modules' own look-ups: this visits every adapter of every layer.
+        for slot in self.adapter_layer_names:
+            holder = self._modules[slot]
+            assert holder is not None
+            for name, parameter in holder._parameters.items():
+                _set_flag(parameter, name in trained)
+            for name, module in holder._modules.items():
+                assert module is not None
+                parameters = module.parameters() if module._modules else module._parameters.values()
+                for parameter in parameters:
+                    _set_flag(parameter, name in trained)
         self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -157,8 +167,7 @@ class BaseTunerLayer(nn.Module):
 
     def _set_trainable(self, name: str, requires_grad: bool) -> None:
         for parameter in self.adapter_parameters(name):
-            if parameter.is_floating_point() or parameter.is_complex():
-                parameter.requires_grad_(requires_grad)
+            _set_flag(parameter, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; where it was the only active one the first that is left becomes active."""
@@ -463,6 +472,13 @@ class AdapterLayer(BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"merged={self.merged_adapters}" if self.merged_adapters else ""
+
+
+def _set_flag(parameter: torch.Tensor | None, requires_grad: bool) -> None:
+    if parameter is None or parameter.requires_grad == requires_grad:
+        return
+    if parameter.is_floating_point() or parameter.is_complex():
+        parameter.requires_grad_(requires_grad)
 
 
 # -- walking ---------------------------------------------------------------------------------------------------------
