@@ -83,15 +83,18 @@ def _training_of(
             row.details[worker.side.name] = nodes[subject]
     for number in range(plan.repeats):
         say(f"{shape.name}: round {number + 1} of {plan.repeats}")
-        seconds: dict[tuple[str, str, str], float] = {}
-        for subject in subjects:
+        for subject in subjects[1:]:
             for worker in pair if number % 2 == 0 else reversed(pair):
-                step = worker.ask("step", method=subject)
-                values = {**step, "forward": worker.ask("forward", method=subject)}
-                seconds |= {(worker.side.name, subject, measure): value for measure, value in values.items()}
-        for (side, subject, measure), value in seconds.items():
-            rows[subject, measure].add(side, value, seconds[side, FROZEN, measure])
+                # The bound anew for each subject: a machine's speed drifts within a round.
+                bounds, values = _seconds(worker, FROZEN), _seconds(worker, subject)
+                for measure, bound in bounds.items():
+                    rows[FROZEN, measure].add(worker.side.name, bound, bound)
+                    rows[subject, measure].add(worker.side.name, values[measure], bound)
     yield from rows.values()
+
+
+def _seconds(worker: WorkerProcess, subject: str) -> dict[str, float]:
+    return worker.ask("step", method=subject) | {"forward": worker.ask("forward", method=subject)}
 
 
 def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:

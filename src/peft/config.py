@@ -156,6 +156,14 @@ class PeftConfig(PushToHubMixin):
         skip = set(self._transient_keys) | {k for k in self._optional_keys if values.get(k) is None}
         return {k: _jsonable(v) for k, v in sorted(values.items()) if k not in skip}
 
+    def to_file(self) -> bytes:
+        """The content of ``adapter_config.json``."""
+        if self.peft_version is None:
+            from . import __version__
+
+            self.peft_version = __version__
+        return (json.dumps(self.to_json_dict(), indent=2, sort_keys=True) + "\n").encode()
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` into a folder, atomically.
 
@@ -169,12 +177,7 @@ class PeftConfig(PushToHubMixin):
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         if auto_mapping is not None:
             self.auto_mapping = auto_mapping
-        if self.peft_version is None:
-            from . import __version__
-
-            self.peft_version = __version__
-        text = json.dumps(self.to_json_dict(), indent=2, sort_keys=True) + "\n"
-        write_atomically(save_directory, {CONFIG_NAME: text.encode()})
+        write_atomically(save_directory, {CONFIG_NAME: self.to_file()})
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:

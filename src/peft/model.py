@@ -19,6 +19,7 @@ from .core import activation, checkpoints, status
 from .core.errors import PeftWarning, strictness
 from .core.extra_modules import record_head
 from .core.files import (
+    CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
     hub_kwargs,
     load_peft_weights,
@@ -326,8 +327,8 @@ class PeftModel(PushToHubMixin, nn.Module):
                 }
             record_head(config, base, dict(self._heads_of(name)))
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
-            write_atomically(folder, {SAFETENSORS_WEIGHTS_NAME: safetensors_writer(tensors[name])})
-            config.save_pretrained(folder)
+            writer = safetensors_writer(tensors[name])
+            write_atomically(folder, {SAFETENSORS_WEIGHTS_NAME: writer, CONFIG_NAME: config.to_file()})
         self.create_or_update_model_card(os.fspath(save_directory))
 
     def _heads_of(self, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
