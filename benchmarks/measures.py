@@ -46,10 +46,9 @@ class Plan:
     options: dict[str, Any]
 
 
-def in_turn(sides: Sequence[Any], rounds: int) -> Iterator[Any]:
-    """The sides in turn, the other one first in every second round: A B, B A, A B, … Drift then favours none."""
-    for number in range(rounds):
-        yield from sides if number % 2 == 0 else reversed(sides)
+def in_order(pair: Sequence[Any], number: int) -> Sequence[Any]:
+    """Both sides, the other one first in every second round: A B, B A, A B, … Drift then favours none."""
+    return pair if number % 2 == 0 else pair[::-1]
 
 
 def training(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
@@ -84,7 +83,7 @@ def _training_of(
     for number in range(plan.repeats):
         say(f"{shape.name}: round {number + 1} of {plan.repeats}")
         for subject in subjects[1:]:
-            for worker in pair if number % 2 == 0 else reversed(pair):
+            for worker in in_order(pair, number):
                 # The bound anew for each subject: a machine's speed drifts within a round.
                 bounds, values = _seconds(worker, FROZEN), _seconds(worker, subject)
                 for measure, bound in bounds.items():
@@ -104,9 +103,11 @@ def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     def measure(shape: Shape, subject: str) -> dict[str, list[dict[str, float]]]:
         say(f"{shape.name}: peak memory of {subject}")
         found: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
-        for side in in_turn(sides, plan.peak_repeats):
-            with workers(side) as (worker,):
-                found[side.name].append(worker.ask("peak", shape=shape.name, method=subject, **plan.options))
+        for _ in range(plan.peak_repeats):
+            with workers(*sides) as pair:
+                for worker in pair:
+                    value = worker.ask("peak", shape=shape.name, method=subject, **plan.options)
+                    found[worker.side.name].append(value)
         return found
 
     for shape, method in plan.peaks:
@@ -124,11 +125,12 @@ def imports(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Import times in fresh processes, relative to those of torch and transformers."""
     rows = [Row("Operations", f"`{line}`", "s", f"`{BASE_IMPORT}`") for line in plan.imports]
     timer = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
-    for side in in_turn(sides, plan.import_repeats):
-        say(f"imports: {side.name}")
-        bound, *seconds = (float(side.run(timer.format(line))) for line in (BASE_IMPORT, *plan.imports))
-        for row, value in zip(rows, seconds, strict=True):
-            row.add(side.name, value, bound)
+    for number in range(plan.import_repeats):
+        say(f"imports: round {number + 1} of {plan.import_repeats}")
+        for side in in_order(sides, number):
+            bound, *seconds = (float(side.run(timer.format(line))) for line in (BASE_IMPORT, *plan.imports))
+            for row, value in zip(rows, seconds, strict=True):
+                row.add(side.name, value, bound)
     yield from rows
 
 
@@ -146,7 +148,7 @@ def operations(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
             worker.ask("open_deep")
         for number in range(plan.operation_repeats):
             say(f"operations: round {number + 1} of {plan.operation_repeats}")
-            order = pair if number % 2 == 0 else pair[::-1]
+            order = in_order(pair, number)
             for _ in range(3):
                 take("injection", "inject", order)
                 take("save", "save", order)

@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
-from peft.core.layer import adapted_modules
+from peft.core.holder import adapted_modules
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from settings import logits, randomise
 from toy import DiagScaleConfig

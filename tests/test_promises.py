@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import tiny
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
-from peft.core.layer import AdapterLayer, adapted_modules
+from peft.core.holder import adapted_modules
+from peft.core.layer import AdapterLayer
 from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, logits, randomise
 
 every_case = pytest.mark.parametrize(("setting", "base"), CASES, ids=IDS)

@@ -8,7 +8,7 @@ from torch import nn
 
 import tiny
 from peft import LoraConfig, NoMatchingPeftModuleError, get_peft_model, inject_adapter_in_model
-from peft.core.layer import adapted_modules
+from peft.core.holder import adapted_modules
 from peft.core.targets import shortest_names
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from .config import PeftConfig
-from .core.layer import AdapterLayer, adapted_modules
+from .core.holder import adapted_modules
+from .core.layer import AdapterLayer
 
 
 def update_forward_signature(model: nn.Module) -> None:

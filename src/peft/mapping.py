@@ -11,8 +11,8 @@ from torch import nn
 
 from .config import PeftConfig, TaskType
 from .core.errors import PeftWarning, strictness
+from .core.holder import adapted_modules
 from .core.injection import inject
-from .core.layer import adapted_modules
 from .model import PeftMixedModel, PeftModel
 from .registry import get_method
 from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING

@@ -28,8 +28,9 @@ from .core.files import (
     warn_pickle,
     write_atomically,
 )
+from .core.holder import adapted_modules, require_adapters, shared_of
 from .core.injection import cast_adapter_dtype, check_adapter_name, inject
-from .core.layer import AdapterLayer, adapted_modules, require_adapters, shared_of
+from .core.layer import AdapterLayer
 from .core.mixed import MixedPlan, batch_size_of, check_names, planned
 from .core.model_card import model_card
 from .core.preparation import enable_input_gradients, is_checkpointing

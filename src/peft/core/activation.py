@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .errors import PeftWarning
-from .layer import BaseTunerLayer, adapted_modules, require_adapters
+from .holder import BaseTunerLayer, adapted_modules, require_adapters
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from torch import nn
 
 from .activation import configs_of
 from .errors import MismatchError, PeftError, doubt, shorten
+from .holder import BaseTunerLayer, adapted_modules, require_adapters
 from .injection import bias_parameters
-from .layer import AdapterLayer, BaseTunerLayer, adapted_modules, require_adapters
+from .layer import AdapterLayer
 from .targets import EMBEDDING_NAMES, base_modules
 
 PREFIX = "base_model.model."

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import did_you_mean, doubt, shorten
-from .layer import BaseTunerLayer
+from .holder import BaseTunerLayer
 from .mixed import by_rows
 from .targets import HEAD_NAMES, base_modules
 

@@ -14,7 +14,9 @@ from torch import nn
 
 from .errors import NoMatchingPeftModuleError, PeftError, doubt, shorten
 from .extra_modules import ModulesToSaveWrapper, find_modules_to_save, fit_head, is_fresh
-from .layer import HALF, AdapterLayer, BaseTunerLayer, Parts, Shared, adapted_modules, shared_of
+from .holder import BaseTunerLayer, adapted_modules, shared_of
+from .layer import HALF, AdapterLayer, Parts
+from .mixed import Shared
 from .targets import (
     ALL_LINEAR,
     HEAD_NAMES,

@@ -255,7 +255,8 @@ def mergeable_layers(
     model: nn.Module, adapter_names: Sequence[str] | None
 ) -> list[tuple[str, AdapterLayer, list[str]]]:
     """Name, layer and adapters to merge, for all layers that have something to merge; inner layers first."""
-    from .layer import AdapterLayer, adapted_modules
+    from .holder import adapted_modules
+    from .layer import AdapterLayer
 
     found = []
     for name, module in adapted_modules(model):

@@ -12,7 +12,8 @@ from torch import nn
 
 from .errors import doubt
 from .files import accepts
-from .layer import HALF, BaseTunerLayer
+from .holder import BaseTunerLayer
+from .layer import HALF
 
 
 def prepare_model_for_kbit_training(

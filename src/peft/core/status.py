@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import nn
 
 from .activation import configs_of
-from .layer import AdapterLayer, adapted_modules
+from .holder import adapted_modules
+from .layer import AdapterLayer
 
 Irregular = Literal["irregular"]
 IRREGULAR: Irregular = "irregular"

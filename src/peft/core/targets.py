@@ -10,8 +10,8 @@ from torch import nn
 
 from .architectures import closest_model_types, default_targets, model_types_of
 from .errors import NoMatchingPeftModuleError, did_you_mean, doubt, shorten
+from .holder import BaseTunerLayer
 from .kinds import kind_of, supported_kinds
-from .layer import BaseTunerLayer
 
 ALL_LINEAR = "all-linear"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")

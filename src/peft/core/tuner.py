@@ -13,8 +13,9 @@ from torch import nn
 from . import activation, merging
 from .errors import PeftWarning, shorten
 from .extra_modules import ModulesToSaveWrapper
+from .holder import BaseTunerLayer, adapted_modules, require_adapters
 from .injection import cast_adapter_dtype, inject
-from .layer import AdapterLayer, BaseTunerLayer, adapted_modules, require_adapters
+from .layer import AdapterLayer
 
 
 class BaseTuner(nn.Module):

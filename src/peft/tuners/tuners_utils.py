@@ -1,7 +1,7 @@
 """Names that other libraries import from ``peft.tuners.tuners_utils``; the code lies in ``peft.core``."""
 
+from ..core.holder import BaseTunerLayer
 from ..core.injection import cast_adapter_dtype
-from ..core.layer import BaseTunerLayer
 from ..core.targets import match as _match
 from ..core.tuner import BaseTuner
 

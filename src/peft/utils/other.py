@@ -11,7 +11,7 @@ from ..core.activation import set_adapter
 from ..core.architectures import DEFAULTS
 from ..core.extra_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..core.files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, infer_device
-from ..core.layer import adapted_modules
+from ..core.holder import adapted_modules
 from ..core.preparation import (
     cast_mixed_precision_params,
     fsdp_auto_wrap_policy,

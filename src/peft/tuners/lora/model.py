@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ...core.holder import BaseTunerLayer
 from ...core.kinds import kind_of
-from ...core.layer import BaseTunerLayer
 from ...core.tuner import BaseTuner
 from .layer import LAYERS, Linear, LoraLayer
 
