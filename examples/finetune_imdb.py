@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train-rows", type=int, default=2000, help="reviews to train on")
     add("--test-rows", type=int, default=1000, help="other reviews to measure on")
     add("--max-tokens", type=int, default=128, help="tokens kept of each review")
-    add("--epochs", type=int, default=3)
+    add("--epochs", type=int, default=2)
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, help=f"learning rate; not given: by method, {LEARNING_RATES}")
     add("--rank", type=int, default=8, help="rank of the LoRA update")
@@ -203,7 +203,7 @@ def train(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, test_batches: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(model: nn.Module, test_batches: DataLoader | list) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, shape (rows, labels), and true labels."""
     model.eval()
     device = next(model.parameters()).device
@@ -219,7 +219,7 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return (logits.argmax(-1) == labels).float().mean().item()
 
 
-def progress(loader: DataLoader, what: str) -> tqdm[Any]:
+def progress(loader: DataLoader | list, what: str) -> tqdm[Any]:
     """A progress bar on a terminal, nothing in a log file."""
     return tqdm(loader, desc=what, leave=False, disable=None)
 
@@ -282,11 +282,13 @@ def main(arguments: list[str] | None = None) -> float:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     fresh = reload(args.out, source, args.method).to(device)
-    difference = (predict(fresh, test_batches)[0] - logits).abs().max().item()
+    again, _ = predict(fresh, list(itertools.islice(test_batches, 8)))
+    difference = (again - logits[: len(again)]).abs().max().item()
     if difference > 1e-4:
         raise SystemExit(f"The model loaded from {args.out} gives other logits: they differ by up to {difference:.2g}.")
     print(
-        f"Saved and loaded afresh, it predicts the same on all of them (largest difference of a logit: {difference:.1g})."
+        f"Saved and loaded afresh, it predicts the same on the first {len(again)} of them "
+        f"(largest difference of a logit: {difference:.1g})."
     )
 
     print()

@@ -65,6 +65,13 @@ class PeftModelForTokenClassification(_TaskModel):
     head_names = ("classifier", "score")
     forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", "labels", *_OUTPUTS)
 
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        if peft_config is None:  # the field's signature gives it a default here, but there is nothing to build then
+            raise ValueError("PeftModelForTokenClassification needs a `peft_config`.")
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
 
 class PeftModelForQuestionAnswering(_TaskModel):
     """An extractive question answerer; its head is trained and saved with the adapter."""
