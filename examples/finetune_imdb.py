@@ -50,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--test-rows", type=int, default=1000, help="other reviews to measure on")
     add("--max-tokens", type=int, default=128, help="tokens kept of each review")
     add("--epochs", type=int, default=2)
-    add("--batch-size", type=int, default=16)
+    add("--batch-size", type=int, default=8)
     add("--lr", type=float, help=f"learning rate; not given: by method, {LEARNING_RATES}")
     add("--rank", type=int, default=8, help="rank of the LoRA update")
     add("--out", type=Path, help="folder for the result; not given: runs/imdb-METHOD")
