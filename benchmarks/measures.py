@@ -21,10 +21,10 @@ class Plan:
 
     Attributes:
         shapes: The shapes of the training measures.
-        methods: The methods measured on them, besides the frozen model and full fine-tuning.
+        methods: The methods measured on them.
+        full: Whether full fine-tuning is measured beside them.
         sections: A part of `SECTIONS`.
         repeats: Rounds of the step and forward times.
-        peaks: The pairs of shape and method whose peak memory is measured.
         peak_repeats: Fresh processes for each peak.
         imports: The lines whose import time is measured.
         import_repeats: Fresh processes for each import time.
@@ -35,9 +35,9 @@ class Plan:
 
     shapes: Sequence[Shape]
     methods: Sequence[Method]
+    full: bool
     sections: Sequence[str]
     repeats: int
-    peaks: Sequence[tuple[Shape, Method]]
     peak_repeats: int
     imports: Sequence[str]
     import_repeats: int
@@ -53,7 +53,7 @@ def in_order(pair: Sequence[Any], number: int) -> Sequence[Any]:
 
 def training(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Step time, forward time and bytes saved for backward, every subject living in one worker a side."""
-    subjects = [FROZEN, FULL, *(method.name for method in plan.methods)]
+    subjects = [FROZEN, *[FULL] * plan.full, *(method.name for method in plan.methods)]
     with workers(*sides) as pair:
         for shape in plan.shapes:
             yield from _training_of(shape, subjects, pair, plan, say)
@@ -98,7 +98,6 @@ def _seconds(worker: WorkerProcess, subject: str) -> dict[str, float]:
 
 def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Peak memory of fresh processes that make two training steps with their optimizer."""
-    frozen: dict[str, dict[str, list[dict[str, float]]]] = {}
 
     def measure(shape: Shape, subject: str) -> dict[str, list[dict[str, float]]]:
         say(f"{shape.name}: peak memory of {subject}")
@@ -110,15 +109,16 @@ def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
                     found[worker.side.name].append(value)
         return found
 
-    for shape, method in plan.peaks:
-        bounds = frozen.get(shape.name) or frozen.setdefault(shape.name, measure(shape, FROZEN))
-        values = measure(shape, method.name)
-        for key, name in (("process", "peak memory"), ("added", "peak memory above the imports")):
-            row = Row(shape.name, f"{method.name}: {name}", "bytes", FROZEN)
-            for side in sides:
-                for value, bound in zip(values[side.name], bounds[side.name], strict=True):
-                    row.add(side.name, value[key], bound[key])
-            yield row
+    for shape in plan.shapes:
+        bounds = measure(shape, FROZEN)
+        for method in plan.methods:
+            values = measure(shape, method.name)
+            for key, name in (("process", "peak memory"), ("added", "peak memory above the imports")):
+                row = Row(shape.name, f"{method.name}: {name}", "bytes", FROZEN)
+                for side in sides:
+                    for value, bound in zip(values[side.name], bounds[side.name], strict=True):
+                        row.add(side.name, value[key], bound[key])
+                yield row
 
 
 def imports(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
@@ -216,19 +216,17 @@ def make_plan(
         raise ValueError(f"--repeats must be positive, not {repeats}")
     if not sections:
         sections = ["training", "peak"] if shapes or methods else list(SECTIONS)
-    shapes = shapes or list(SHAPES)
-    methods = methods or [method for method in METHODS if method.quick or not quick]
-    # Every peak costs the start of a process: the quick form takes one.
-    peaks = [(shape, method) for shape in shapes for method in methods]
+        if quick:  # peaks take long: each needs a process of its own
+            sections.remove("peak")
     return Plan(
-        shapes=shapes,
-        methods=methods,
+        shapes=shapes or SHAPES,
+        methods=methods or [method for method in METHODS if method.quick or not quick],
+        full=not quick,
         sections=sections,
         repeats=repeats or (3 if quick else 15),
-        peaks=peaks[:1] if quick else peaks,
         peak_repeats=1 if quick else 3,
         imports=IMPORTS[:1] if quick else IMPORTS,
-        import_repeats=2 if quick else 9,
+        import_repeats=1 if quick else 9,
         operation_repeats=1 if quick else 3,
         loads=20 if quick else 60,
         options=options or {},
