@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from peft.kernels.low_rank import add_low_rank, add_low_rank_reference
+from peft.kernels import dropout
+from peft.kernels.low_rank import add_low_rank, add_low_rank_reference, low_rank_linear
 
 
 def operands(lead=(2, 3), k=5, d=4, r=2, dtype=torch.float64):
@@ -37,3 +39,111 @@ def test_low_rank_of_non_contiguous_and_mixed_inputs():
         y, x, a, b = operands(dtype=torch.float32)
         out = add_low_rank(torch.nn.functional.linear(x, torch.randn(4, 5)), x, a, b, 1.0)
     assert out.dtype == torch.bfloat16
+
+
+def linear_operands(lead=(2, 3), k=5, d=4, r=2, dtype=torch.float64, bias=True):
+    make = lambda *shape: torch.randn(*shape, dtype=dtype, requires_grad=True)  # noqa: E731
+    return make(*lead, k), make(d, k).detach(), make(d) if bias else None, make(r, k), make(d, r)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(7,), (2, 3), (2, 3, 4), (), (0, 3), (1,)])
+def test_linear_with_low_rank_equals_its_reference(lead, bias):
+    x, weight, bias, a, b = linear_operands(lead, bias=bias)
+    reference = add_low_rank_reference(F.linear(x, weight, bias), x, a, b, 0.7)
+    torch.testing.assert_close(low_rank_linear(x, weight, bias, a, b, 0.7), reference)
+    with torch.no_grad():
+        torch.testing.assert_close(low_rank_linear(x, weight, bias, a, b, 0.7), reference)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("trained", ["xba", "xb", "xa", "ba", "x"])
+def test_linear_with_low_rank_gradients(trained, rate):
+    x, weight, bias, a, b = linear_operands()
+    frozen = {"x": x, "a": a, "b": b}
+    leaves = [frozen.pop(name) for name in trained]
+
+    def function(*leaves):
+        torch.manual_seed(3)  # the same mask each time
+        values = {**frozen, **dict(zip(trained, leaves, strict=True))}
+        return low_rank_linear(values["x"], weight, bias, values["a"], values["b"], 1.3, rate)
+
+    for tensor in frozen.values():
+        tensor.requires_grad_(False)
+    assert torch.autograd.gradcheck(function, leaves)
+    if trained != "xb":  # refused, with a reason
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_a_second_derivative_that_is_not_there_is_refused():
+    x, weight, bias, a, b = linear_operands()
+    a.requires_grad_(False)
+    out = low_rank_linear(x, weight, bias, a, b, 1.0)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(out.sum(), [x, b], create_graph=True)
+
+
+def test_a_trained_bias_gets_its_gradient_and_a_trained_weight_too():
+    x, weight, bias, a, b = linear_operands()
+    for trained in (weight.requires_grad_(False), weight.clone().requires_grad_(True)):
+        leaves = [t for t in (bias, trained, a) if t.requires_grad]
+        found = torch.autograd.grad(low_rank_linear(x, trained, bias, a, b, 0.7).square().sum(), leaves)
+        y = add_low_rank_reference(F.linear(x, trained, bias), x, a, b, 0.7)
+        torch.testing.assert_close(found, torch.autograd.grad(y.square().sum(), leaves))
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp", "compile"])
+def test_low_rank_under_transforms(transform):
+    x, weight, bias, a, b = linear_operands(dtype=torch.float32)
+    function = lambda x: low_rank_linear(x, weight, bias, a, b, 0.7)  # noqa: E731
+    expected = function(x)
+    if transform == "vmap":
+        found = torch.vmap(function)(x)
+    elif transform == "jvp":
+        found, tangent = torch.func.jvp(function, (x,), (torch.ones_like(x),))
+        torch.testing.assert_close(tangent, function(torch.ones_like(x)) - bias)
+    else:
+        found = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected)
+
+
+# -- dropout -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.1, 0.5, 0.9])
+def test_dropout_masks_have_the_rate_and_are_independent(rate):
+    shape, cpu = (1001, 999), torch.device("cpu")
+    mask = dropout.keep_mask(shape, cpu, rate, 5).double()
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    count = mask.numel()
+    deviation = (rate * (1 - rate)) ** 0.5
+    assert abs(mask.mean().item() - (1 - rate)) <= 5 * deviation / count**0.5 + 1e-5
+    assert dropout.kept_share(rate) == pytest.approx(1 - rate, abs=2**-17)
+    if rate == 0:
+        return
+    other = dropout.keep_mask(shape, cpu, rate, 6).double()
+    centred, flat = (mask - mask.mean()) / deviation, (mask - mask.mean()).flatten() / deviation
+    # Correlations with neighbours in a row (also within and across one 64-bit word), in a column, and with another seed's mask.
+    correlations = [(flat[lag:] * flat[:-lag]).mean().item() for lag in (1, 2, 3, 4, 5, 8, 999)]
+    correlations += [(centred * (other - other.mean()) / deviation).mean().item()]
+    assert max(map(abs, correlations)) < 5 / count**0.5
+    per_row = mask.mean(1)
+    assert per_row.std().item() == pytest.approx(deviation / 999**0.5, rel=0.15)
+
+
+def test_dropout_masks_repeat_by_seed_and_follow_torchs():
+    cpu = torch.device("cpu")
+    assert torch.equal(dropout.keep_mask((7, 3), cpu, 0.5, 9), dropout.keep_mask((7, 3), cpu, 0.5, 9))
+    torch.manual_seed(4)
+    first = dropout.draw_seed()
+    torch.manual_seed(4)
+    assert dropout.draw_seed() == first and dropout.draw_seed() != first
+
+
+def test_dropout_keeps_the_mean_of_the_low_rank_path():
+    torch.manual_seed(0)
+    x, weight, _, a, b = linear_operands((4,), dtype=torch.float64)
+    base = F.linear(x, weight)
+    plain = low_rank_linear(x, weight, None, a, b, 1.0) - base
+    mean = sum(low_rank_linear(x, weight, None, a, b, 1.0, 0.3) - base for _ in range(4000)) / 4000
+    torch.testing.assert_close(mean, plain, atol=0.12, rtol=0.05)

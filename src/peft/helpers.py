@@ -14,6 +14,7 @@ from torch import nn
 from .config import PeftConfig
 from .core.holder import adapted_modules
 from .core.layer import AdapterLayer
+from .kernels.recompute import recompute_inputs as recompute_inputs
 
 
 def update_forward_signature(model: nn.Module) -> None:

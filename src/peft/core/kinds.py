@@ -48,6 +48,11 @@ class LayerKind:
         """Mix the channels of a product ``t`` by a matrix of shape ``(out_features, channels of t)``."""
         return F.linear(t, matrix)
 
+    def operands(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight, (out_features, in_features), and bias of a layer that computes ``x Wᵀ + b`` and nothing else, so that a kernel
+        may stand in for its forward; ``None`` for every other layer."""
+        return None
+
     def channels(self, layer: Any, vector: torch.Tensor) -> torch.Tensor:
         """A vector of ``out_features`` values shaped to broadcast against the layer's output."""
         return vector
@@ -79,6 +84,14 @@ class LinearKind(LayerKind):
     def product(self, layer: nn.Linear, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         return F.linear(x, matrix)
 
+    def operands(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        if not self._own_forward(layer) or "forward" in layer.__dict__ or has_hooks(layer):
+            return None
+        return self.to_matrix(layer, layer.weight), layer.bias
+
+    def _own_forward(self, layer: nn.Module) -> bool:
+        return type(layer) is nn.Linear
+
 
 class Conv1DKind(LinearKind):
     """transformers' ``Conv1D``, a linear layer whose weight is stored as (in_features, out_features)."""
@@ -91,6 +104,9 @@ class Conv1DKind(LinearKind):
     def shape(self, layer: Any) -> tuple[int, int]:
         in_features, out_features = layer.weight.shape
         return out_features, in_features
+
+    def _own_forward(self, layer: nn.Module) -> bool:
+        return type(layer).__name__ == "Conv1D"  # matches() has seen the class itself
 
     def to_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
@@ -177,6 +193,12 @@ def has_plain_weight(layer: nn.Module) -> bool:
     """Whether the layer's weight is a float tensor that can be read as numbers."""
     weight = getattr(layer, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.dtype in PLAIN_DTYPES
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether calling the layer runs anything besides its forward."""
+    own = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(own) or torch.nn.modules.module._has_any_global_hook()
 
 
 def is_transformers_conv1d(layer: nn.Module) -> bool:

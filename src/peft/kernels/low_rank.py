@@ -1,22 +1,38 @@
-"""Adding a low-rank product to what a layer has computed."""
+"""A low-rank product added to what a layer computes, with dropout on its way: ``y + s · (drop(x) aᵀ) bᵀ``."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from . import dropout, recompute
+from .recompute import Memo
+
 
 def add_low_rank_reference(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, rate: float = 0.0
 ) -> torch.Tensor:
-    """``y + scale · (x aᵀ) bᵀ``, as written; see :func:`add_low_rank`."""
+    """``y + scale · (drop(x) aᵀ) bᵀ``, as written; see :func:`add_low_rank`."""
+    if rate > 0:
+        x = F.dropout(x, rate)
     return y + F.linear(F.linear(x, a), b) * scale
 
 
-def add_low_rank(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """``y + scale · (x aᵀ) bᵀ`` with the scaling and the sum inside the second product.
+def add_low_rank(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    rate: float = 0.0,
+    memo: Memo | None = None,
+) -> torch.Tensor:
+    """``y + scale · (drop(x) aᵀ) bᵀ`` with the scaling and the sum inside the second product.
 
-    Next to the form as written this leaves out two passes over a tensor of y's size forward and one backward.
+    Next to the form as written this leaves out two passes over a tensor of y's size forward and one backward. Dropout draws 16
+    bits an element (:mod:`peft.kernels.dropout`), and its mask is kept as a seed.
 
     Args:
         y: (…, out_features).
@@ -24,13 +40,161 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Ten
         a: (r, in_features).
         b: (out_features, r).
         scale: Factor of the product.
+        rate: Probability of dropping an element of ``x``.
+        memo: Allows to recompute ``x`` in the backward pass, where that is sound (:mod:`peft.kernels.recompute`).
 
     Returns:
         A new tensor of y's shape.
 
-    Saved for backward: ``x`` and ``x aᵀ``, shape (…, r); neither ``y`` nor the product.
+    Saved for backward: ``drop(x) aᵀ``, shape (…, r), and ``x`` unless it can be recomputed; neither ``y`` nor the product.
     """
-    t = F.linear(x, a)
-    if t.dtype != y.dtype or t.dim() < 2:
+    if not _by_hand(x, a, b):
+        return _accumulate(y, F.linear(F.dropout(x, rate) if rate > 0 else x, a), b, scale)
+    x, a, b = _autocast(x, a, b)
+    with torch.autocast(x.device.type, enabled=False):
+        return _LowRank.apply(x, y, None, None, a, b, scale, rate, memo)
+
+
+def low_rank_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    rate: float = 0.0,
+    memo: Memo | None = None,
+) -> torch.Tensor:
+    """A linear layer together with its low-rank update: ``x Wᵀ + bias + scale · (drop(x) aᵀ) bᵀ``.
+
+    As :func:`add_low_rank` after ``F.linear``, but both products accumulate in place, forward and backward: no further tensor of
+    the size of ``x`` or ``y`` is made.
+
+    Args:
+        x: (…, in_features).
+        weight: (out_features, in_features), frozen.
+        bias: (out_features,), frozen or not.
+        a: (r, in_features).
+        b: (out_features, r).
+        scale: Factor of the product.
+        rate: Probability of dropping an element of ``x`` on the way to ``a``.
+        memo: Allows to recompute ``x`` in the backward pass, where that is sound (:mod:`peft.kernels.recompute`).
+
+    Returns:
+        (…, out_features).
+    """
+    if not _by_hand(x, a, b) or weight.requires_grad or weight.dtype != a.dtype:
+        return add_low_rank(F.linear(x, weight, bias), x, a, b, scale, rate, memo)
+    x, weight, bias, a, b = _autocast(x, weight, bias, a, b)
+    with torch.autocast(x.device.type, enabled=False):
+        return _LowRank.apply(x, None, weight, bias, a, b, scale, rate, memo)
+
+
+class _LowRank(torch.autograd.Function):
+    """Both forms: ``y`` is given, or made from ``weight`` and ``bias``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        rate: float,
+        memo: Memo | None,
+    ) -> torch.Tensor:
+        ctx.shape, ctx.device, ctx.rate = x.shape, x.device, rate
+        ctx.scale = scale / dropout.kept_share(rate)  # what dropout keeps is scaled up
+        ctx.seed = dropout.draw_seed() if rate > 0 else 0
+        t = F.linear(x if rate == 0 else x * _mask(ctx), a)
+        base = y if weight is None else F.linear(x, weight, bias)
+        assert base is not None
+        out = _accumulate(base, t, b, ctx.scale, in_place=base is not y)
+        for_a, for_b = ctx.needs_input_grad[4:6]
+        ctx.way = recompute.way_back(x, memo) if for_a and memo is not None else None
+        ctx.save_for_backward(x if for_a and ctx.way is None else None, t if for_b else None, weight, a, b)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        x, t, weight, a, b = ctx.saved_tensors
+        if ctx.way is not None:
+            x = recompute.recompute(ctx.next_functions[0][0], ctx.way)
+        mask = _mask(ctx) if ctx.rate > 0 else None
+        if mask is not None and x is not None:
+            x = x * mask
+        flat = grad.reshape(-1, grad.shape[-1])
+        low = flat if flat.dtype == b.dtype else flat.to(b.dtype)
+        u = (low @ b) * ctx.scale
+        grad_x = grad_y = grad_bias = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(flat, u, weight, a, mask).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            grad_y = grad
+        if ctx.needs_input_grad[3]:
+            grad_bias = flat.sum(0)
+        if ctx.needs_input_grad[4]:
+            grad_a = u.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[5]:
+            if torch.is_grad_enabled():  # create_graph=True: t has to be part of the graph
+                if x is None:
+                    raise RuntimeError("A second derivative of a low-rank product needs `a` to require a gradient too.")
+                t = F.linear(x, a)
+            # The transposed product reads grad row by row, which is faster.
+            grad_b = (t.reshape(-1, t.shape[-1]).t() @ low).t() * ctx.scale
+        return grad_x, grad_y, None, grad_bias, grad_a, grad_b, None, None, None
+
+
+def _mask(ctx: Any) -> torch.Tensor:
+    return dropout.keep_mask(ctx.shape, ctx.device, ctx.rate, ctx.seed)
+
+
+def _accumulate(
+    y: torch.Tensor, t: torch.Tensor, b: torch.Tensor, scale: float, in_place: bool = False
+) -> torch.Tensor:
+    """``y + scale · t bᵀ``."""
+    if t.dtype != y.dtype or t.dim() < 2:  # a half-precision base under float32 adapters: the sum is rounded once
         return y + F.linear(t, b) * scale
-    return torch.addmm(y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1]), b.t(), alpha=scale).view(y.shape)
+    flat, low = y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1])
+    if in_place:
+        flat.addmm_(low, b.t(), alpha=scale)
+        return y
+    return torch.addmm(flat, low, b.t(), alpha=scale).view(y.shape)
+
+
+def _input_gradient(
+    grad: torch.Tensor, u: torch.Tensor, weight: torch.Tensor | None, a: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """``grad W + mask ⊙ (u a)``, shape (tokens, in_features); without the first part where there is no ``weight``."""
+    mask = None if mask is None else mask.view(-1, a.shape[1])
+    if weight is None or torch.is_grad_enabled():  # create_graph=True: nothing in place
+        through = u @ a if mask is None else (u @ a) * mask
+        return through if weight is None else grad @ weight + through
+    base = grad @ weight
+    return base.addmm_(u, a) if mask is None else base.addcmul_(u @ a, mask)
+
+
+def _by_hand(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the hand-written backward pass is wanted: one is needed, and nothing wants to look inside."""
+    return (
+        torch.is_grad_enabled()
+        and (x.requires_grad or a.requires_grad or b.requires_grad)
+        and x.dim() > 1
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _autocast(x: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
+    """The operands in autocast's dtype, where it is on: inside the function it would not see the backward pass."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others)]

@@ -11,7 +11,8 @@ from torch import nn
 
 from ...core.errors import doubt
 from ...core.layer import AdapterLayer
-from ...kernels.low_rank import add_low_rank
+from ...kernels.low_rank import add_low_rank, low_rank_linear
+from ...kernels.recompute import Memo
 
 
 class LoraLayer(AdapterLayer):
@@ -32,6 +33,7 @@ class LoraLayer(AdapterLayer):
         self.scaling: dict[str, float] = {}
         self.lora_dropout = nn.ModuleDict()
         self._start_scaling: dict[str, float] = {}
+        self._memo = Memo()
 
     def settings(self, config: Any, target: str) -> dict[str, Any]:
         r = config.pattern_value("rank_pattern", target, config.r)
@@ -80,11 +82,28 @@ class LoraLayer(AdapterLayer):
         a, b = self.factors(name)
         base = self.get_base_layer()
         x = self.cast_input(x, a.dtype)
+        if self.kind.is_matrix_product:
+            x, rate = self._dropout(name, x)
+            return add_low_rank(y, x, a, b, self.scaling[name], rate, self._memo)
         if not self.kind.takes_indices:
             x = self.lora_dropout[name](x)
-        if self.kind.is_matrix_product:
-            return add_low_rank(y, x, a, b, self.scaling[name])
         return y + self.kind.mix(base, self.kind.product(base, x, a), b) * self.scaling[name]
+
+    def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        a, b = self.factors(name)
+        if not (x.dtype == weight.dtype == a.dtype == b.dtype):
+            return None
+        dropped, rate = self._dropout(name, x)
+        return low_rank_linear(x, weight, bias, a, b, self.scaling[name], rate, self._memo) if dropped is x else None
+
+    def _dropout(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The adapter's input and the rate at which the kernel is to drop it; a user's own module is applied here."""
+        dropout = self.lora_dropout[name]
+        if type(dropout) is nn.Identity:
+            return x, 0.0
+        if type(dropout) is nn.Dropout:
+            return x, dropout.p if dropout.training else 0.0
+        return dropout(x), 0.0
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A, shape (r, in_features), and B, shape (out_features, r), of an adapter."""
