@@ -5,6 +5,7 @@ Every kind presents its layer as a matrix of shape ``(out_features, in_features)
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class Conv1DKind(LinearKind):
         return out_features, in_features
 
     def _own_forward(self, layer: nn.Module) -> bool:
-        return type(layer).__name__ == "Conv1D"  # matches() has seen the class itself
+        return type(layer) is conv1d_class()
 
     def to_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
@@ -203,9 +204,15 @@ def has_hooks(layer: nn.Module) -> bool:
 
 def is_transformers_conv1d(layer: nn.Module) -> bool:
     """Whether the layer is transformers' ``Conv1D``."""
+    return isinstance(layer, conv1d_class())
+
+
+@cache
+def conv1d_class() -> type[nn.Module]:
+    """transformers' ``Conv1D``, imported at its first use, which costs time, and then kept."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(layer, Conv1D)
+    return Conv1D
 
 
 def embedding_scale(layer: nn.Module) -> torch.Tensor | None:
