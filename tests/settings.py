@@ -27,7 +27,15 @@ class Setting:
 
     name: str
     config: Callable[..., Any]
-    bases: tuple[tiny.Tiny, ...] = (tiny.BERT, tiny.BERT_EMBEDDING, tiny.GPT2, tiny.LLAMA, tiny.T5)
+    bases: tuple[tiny.Tiny, ...] = (
+        tiny.BERT,
+        tiny.BERT_EMBEDDING,
+        tiny.GPT2,
+        tiny.CONV,
+        tiny.GROUPED,
+        tiny.LLAMA,
+        tiny.T5,
+    )
     second: dict[str, Any] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
 

@@ -681,5 +681,5 @@ def test_injection_without_a_holder_is_the_same(setting, base):
 
 def test_the_tiny_models_cover_every_kind_of_layer():
     kinds = {m.kind.name for s, b in CASES for _, m in adapted_modules(s.model(b)) if isinstance(m, AdapterLayer)}
-    assert {"Linear", "Conv1D", "Embedding"} <= kinds
+    assert {"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"} <= kinds
     assert tiny.VOCAB > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -13,9 +14,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 VOCAB = 60
 
@@ -81,10 +85,65 @@ def _t5(changes):
     return T5ForConditionalGeneration(config)
 
 
-_BUILDERS = {"bert": _bert, "bert-embedding": _bert, "gpt2": _gpt2, "llama": _llama, "t5": _t5}
+class ConvBlock(GradientCheckpointingLayer):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return torch.tanh(self.conv(x))
+
+
+class ConvNet(PreTrainedModel):
+    """Convolutions of one, two and three dimensions over embedded tokens: dilated, strided, padded in several ways.
+
+    Args:
+        config: transformers' configuration.
+        grouped: With groups.
+    """
+
+    config_class = PreTrainedConfig
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config, grouped=False):
+        super().__init__(config)
+        four, two = (4, 2) if grouped else (1, 1)
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.line = ConvBlock(nn.Conv1d(8, 12, 3, padding="same", dilation=2, groups=four, padding_mode="circular"))
+        self.plane = ConvBlock(nn.Conv2d(12, 16, (2, 3), padding=1, groups=two, padding_mode="reflect"))
+        self.space = ConvBlock(nn.Conv3d(16, 24, (3, 2, 1), stride=(2, 1, 1), padding=(1, 1, 0), dilation=(1, 2, 1)))
+        self.head = nn.Linear(24, 5)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Leave torch's own start values."""
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.line(self.embed(input_ids).transpose(1, 2))
+        x = self.plane(x.unflatten(2, (2, -1)))
+        x = self.space(x[..., None])
+        return SimpleNamespace(logits=self.head(x.flatten(2).mean(2)))
+
+
+def _conv(changes):
+    return ConvNet(PreTrainedConfig(**changes))
+
+
+def _grouped(changes):
+    return ConvNet(PreTrainedConfig(**changes), grouped=True)
+
+
+_BUILDERS = {
+    "bert": _bert, "bert-embedding": _bert, "gpt2": _gpt2, "llama": _llama, "t5": _t5, "conv": _conv, "conv-groups": _grouped,
+}  # fmt: skip
 
 BERT = Tiny("bert", ("query", "value", "dense"), "SEQ_CLS")
 BERT_EMBEDDING = Tiny("bert-embedding", ("word_embeddings", "query"), "SEQ_CLS")
 GPT2 = Tiny("gpt2", ("c_attn", "c_proj"), "CAUSAL_LM")
 LLAMA = Tiny("llama", ("q_proj", "v_proj", "down_proj"), "CAUSAL_LM")
+CONV = Tiny("conv", ("line.conv", "plane.conv", "space.conv"), None)
+GROUPED = Tiny("conv-groups", ("line.conv", "plane.conv"), None)
 T5 = Tiny("t5", ("q", "v"), "SEQ_2_SEQ_LM")

@@ -157,6 +157,8 @@ BASES: dict[str, Base] = {
     "llama-classifier": Base("LlamaForSequenceClassification", "LlamaConfig", {**_LLAMA, "num_labels": 3}, "classes"),
     "t5": Base("T5ForConditionalGeneration", "T5Config", _T5, "seq2seq"),
     "mlp": Base("Perceptron", inputs="vectors"),
+    "convs": Base("Convolutions", inputs="vectors"),
+    "convs-groups": Base("GroupedConvolutions", inputs="vectors"),
 }
 
 
@@ -414,6 +416,31 @@ CASES: tuple[Case, ...] = (
     ),
     Case("mlp-all-linear", "mlp", (lora(target_modules="all-linear"),)),
     Case("mlp-regex", "mlp", (lora(target_modules="first|second", bias="lora_only"),)),
+    Case("convs", "convs", (lora(target_modules=["line", "plane", "space"]),)),
+    Case(
+        "convs-two-adapters",
+        "convs",
+        (lora(target_modules=["line", "space"], r=4), lora("two", target_modules=["space", "plane"], use_rslora=True)),
+        together=True,
+        mixed=True,
+    ),
+    Case(
+        "convs-gaussian",
+        "convs",
+        (lora(target_modules=["line", "head"], init_lora_weights="gaussian", rank_pattern={"head": 3}),),
+    ),
+    Case("convs-groups", "convs-groups", (lora(target_modules=["line", "plane", "space"]),), merge=False),
+    Case("inject-convs", "convs", (lora(target_modules=["line", "plane"]),), inject=True),
+    # Copies of a layer share its weight: merging into it is refused here, and the peer's is off. unload() gives the model its
+    # own depth back here.
+    Case(
+        "llama-replicated",
+        "llama",
+        (lora(layer_replication=[[0, 2], [0, 1]]),),
+        "CAUSAL_LM",
+        merge=False,
+        more_here=("model unloaded", "unloaded"),
+    ),
     # Injection into a raw model, as other libraries do it.
     Case("inject-mlp", "mlp", (lora(target_modules=["first", "second"]),), inject=True),
     Case("inject-bert", "bert-encoder", (lora(target_modules=["query", "word_embeddings"]),), inject=True),

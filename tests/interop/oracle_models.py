@@ -34,6 +34,32 @@ class Perceptron(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+class Convolutions(nn.Module):
+    """Convolutions of every dimension, as far as the peer computes with them what they say: it passes over dilation and
+    padding modes."""
+
+    def __init__(self, grouped: bool = False) -> None:
+        super().__init__()
+        groups = 2 if grouped else 1
+        self.line = nn.Conv1d(2, 8, 3, padding=1, groups=groups)
+        self.plane = nn.Conv2d(8, 12, (2, 3), padding=(1, 0), stride=(2, 1), groups=groups)
+        self.space = nn.Conv3d(12, 6, (1, 2, 2), padding="same", groups=groups)
+        self.head = nn.Linear(48, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.line(x.unflatten(1, (2, 6))))
+        x = torch.tanh(self.plane(x.unflatten(2, (1, 6)).repeat(1, 1, 2, 1)))
+        x = torch.tanh(self.space(x[:, :, None]))
+        return self.head(x.flatten(1))
+
+
+class GroupedConvolutions(Convolutions):
+    """The same with groups."""
+
+    def __init__(self) -> None:
+        super().__init__(grouped=True)
+
+
 def numbers(label: str, shape: Iterable[int]) -> torch.Tensor:
     """Standard normal numbers that depend on the label alone: numpy's old generator never changes its stream."""
     rng = np.random.RandomState(zlib.crc32(label.encode()))

@@ -137,6 +137,9 @@ CLASSES: dict[str, tuple[str, ...]] = {
     ),
     "peft.tuners.lora.Linear": ("", "forward", "get_delta_weight", "merge", "unmerge"),
     "peft.tuners.lora.Embedding": ("", "forward", "get_delta_weight", "merge", "unmerge"),
+    "peft.tuners.lora.layer.Conv1d": ("", "forward", "get_delta_weight", "merge", "unmerge"),
+    "peft.tuners.lora.layer.Conv2d": ("", "forward", "get_delta_weight", "merge", "unmerge"),
+    "peft.tuners.lora.layer.Conv3d": ("", "forward", "get_delta_weight", "merge", "unmerge"),
     "peft.utils.ModulesToSaveWrapper": (
         "",
         "active_adapter",

@@ -17,6 +17,7 @@ from .extra_modules import ModulesToSaveWrapper, find_modules_to_save, fit_head,
 from .holder import BaseTunerLayer, adapted_modules, shared_of
 from .layer import HALF, AdapterLayer, Parts
 from .mixed import Shared
+from .replication import replicated
 from .targets import (
     ALL_LINEAR,
     HEAD_NAMES,
@@ -76,21 +77,21 @@ def inject(
     first = not any(True for _ in adapted_modules(model))
     shared = shared_of(model) or Shared()
 
-    heads = (
-        find_modules_to_save(model, list(config.modules_to_save)) if getattr(config, "modules_to_save", None) else {}
-    )
-    if state_dict is None:
-        targets = resolve_defaults(config, model, tuner_cls.default_role)
-        places = find_targets(model, config, targets)
-    else:
-        places, targets = _places_of_state_dict(model, tuner_cls, state_dict), config.target_modules
-    places = _outside_heads(places, heads)
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        targets = shortest_names(places, base_modules(model))
-    placements = _build(model, config, tuner_cls, places, on_meta)
-    _check_bias(config, known)
-    fit_head(model, config, heads)
-    copies = {name: _copy(module, on_meta) for name, module in heads.items()}
+    with replicated(model, config, known):
+        names = getattr(config, "modules_to_save", None)
+        heads = find_modules_to_save(model, list(names)) if names else {}
+        if state_dict is None:
+            targets = resolve_defaults(config, model, tuner_cls.default_role)
+            places = find_targets(model, config, targets)
+        else:
+            places, targets = _places_of_state_dict(model, tuner_cls, state_dict), config.target_modules
+        places = _outside_heads(places, heads)
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            targets = shortest_names(places, base_modules(model))
+        placements = _build(model, config, tuner_cls, places, on_meta)
+        _check_bias(config, known)
+        fit_head(model, config, heads)
+        copies = {name: _copy(module, on_meta) for name, module in heads.items()}
 
     # From here on nothing fails.
     config.target_modules = targets

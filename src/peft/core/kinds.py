@@ -1,10 +1,12 @@
 """Kinds of layers: how the engine reads the weight of a layer and applies another weight in the same geometry.
 
-Every kind presents its layer as a matrix of shape ``(out_features, in_features)``, whatever the layer's own layout.
+Every kind presents its layer as a matrix of shape ``(rows, columns)``, whatever the layer's own layout: a row for each output
+feature, a column for each number that the feature is computed from. For layers without a kernel these are the input features.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -30,11 +32,15 @@ class LayerKind:
         raise NotImplementedError
 
     def shape(self, layer: Any) -> tuple[int, int]:
-        """``(out_features, in_features)`` of the weight as a matrix."""
+        """``(rows, columns)`` of the weight as a matrix."""
         raise NotImplementedError
 
+    def features(self, layer: Any) -> tuple[int, int]:
+        """``(out_features, in_features)``: sizes of the channel dimension of the layer's output and input."""
+        return self.shape(layer)
+
     def to_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
-        """A tensor in the layer's own layout, seen as ``(out_features, in_features)``; a view where possible."""
+        """A tensor in the layer's own layout, seen as ``(rows, columns)``; a view where possible."""
         return weight
 
     def from_matrix(self, layer: Any, matrix: torch.Tensor) -> torch.Tensor:
@@ -42,7 +48,10 @@ class LayerKind:
         return matrix
 
     def product(self, layer: Any, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """What the layer would give for ``x`` with this weight, shape ``(n, in_features)``, and without its bias."""
+        """What the layer would give for ``x`` with this weight, shape ``(n, columns)``, and without its bias.
+
+        A grouped convolution also takes a matrix with columns for all input channels: it then is as if without groups.
+        """
         raise NotImplementedError
 
     def mix(self, layer: Any, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -54,9 +63,39 @@ class LayerKind:
         may stand in for its forward; ``None`` for every other layer."""
         return None
 
+    def combine(self, layer: Any, outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        """The matrix whose product is that of ``inner``, shape (n, columns), mixed by ``outer``."""
+        return outer @ inner
+
     def channels(self, layer: Any, vector: torch.Tensor) -> torch.Tensor:
-        """A vector of ``out_features`` values shaped to broadcast against the layer's output."""
+        """A value for each channel, shaped to broadcast against the layer's output (or input, for as many values)."""
         return vector
+
+    def columns(self, layer: Any, vector: torch.Tensor) -> torch.Tensor:
+        """A value for each input feature, shaped to broadcast against the matrix: scaling by it scales the input."""
+        return vector[None]
+
+    def factor_shapes(self, layer: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the two factors of an update of this rank as modules keep them: the inner reads the layer's input."""
+        rows, columns = self.shape(layer)
+        return (rank, columns), (rows, rank)
+
+    def factor(self, layer: Any, weight: torch.Tensor, *, inner: bool) -> nn.Module:
+        """A module around one factor, with the key ``weight`` and without a bias.
+
+        Args:
+            layer: The layer.
+            weight: The factor, of a shape from :meth:`factor_shapes`.
+            inner: Whether it is the one that reads the layer's input.
+        """
+        return Factor(weight)
+
+    def check_rows(self, layer: Any, x: torch.Tensor) -> None:
+        """Refuse an input whose first dimension is not the batch.
+
+        Raises:
+            ValueError: Its rows cannot be given to different adapters.
+        """
 
     def why_not_mergeable(self, layer: Any) -> str | None:
         """Why nothing can be merged into this layer's weight, or ``None`` where it can."""
@@ -65,7 +104,22 @@ class LayerKind:
             return "its weight is on the meta device (offloaded, or not loaded yet)"
         if type(weight.data) is not torch.Tensor or hasattr(weight, "ds_id"):
             return f"its weight is sharded or of a special type ({type(weight.data).__name__}); gather it first"
+        if "weight" not in layer._parameters and "weight" not in layer._buffers:
+            return "its weight is computed from other parameters (weight normalisation, a parametrisation); remove that first"
         return None
+
+
+class Factor(nn.Linear):
+    """A bias-free ``nn.Linear`` made around a given weight, without drawing random numbers first."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+        self.register_parameter("bias", None)
+
+    def _get_name(self) -> str:
+        return "Linear"
 
 
 class LinearKind(LayerKind):
@@ -147,6 +201,87 @@ class EmbeddingKind(LayerKind):
         return super().why_not_mergeable(layer)
 
 
+class ConvKind(LayerKind):
+    """``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``; the matrix is (out_channels, in_channels / groups · prod(kernel_size)).
+
+    Args:
+        layer_cls: Which of them.
+    """
+
+    def __init__(self, layer_cls: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]) -> None:
+        self.layer_cls = layer_cls
+        self.name = layer_cls.__name__
+        self.dims = int(self.name[-2])
+        self.convolve: Any = getattr(F, self.name.lower())
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, self.layer_cls) and has_plain_weight(layer)
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+    def features(self, layer: Any) -> tuple[int, int]:
+        return layer.out_channels, layer.in_channels
+
+    def to_matrix(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight.flatten(1)
+
+    def from_matrix(self, layer: Any, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.reshape(matrix.shape[0], -1, *layer.kernel_size)
+
+    def product(self, layer: Any, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        weight = self.from_matrix(layer, matrix)
+        groups = layer.in_channels // weight.shape[1]
+        return self.convolve(x, weight, None, layer.stride, padding, layer.dilation, groups)
+
+    def mix(self, layer: Any, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        # A matrix with fewer columns than there are channels mixes within groups.
+        groups = t.shape[-1 - self.dims] // matrix.shape[1]
+        return self.convolve(t, matrix.reshape(*matrix.shape, *(1,) * self.dims), groups=groups)
+
+    def combine(self, layer: Any, outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        groups = inner.shape[0] // outer.shape[1]
+        return (outer.unflatten(0, (groups, -1)) @ inner.unflatten(0, (groups, -1))).flatten(0, 1)
+
+    def channels(self, layer: Any, vector: torch.Tensor) -> torch.Tensor:
+        return vector.reshape(-1, *(1,) * self.dims)
+
+    def columns(self, layer: Any, vector: torch.Tensor) -> torch.Tensor:
+        by_group = vector.reshape(layer.groups, -1).repeat_interleave(math.prod(layer.kernel_size), 1)
+        return by_group if layer.groups == 1 else by_group.repeat_interleave(layer.out_channels // layer.groups, 0)
+
+    def factor_shapes(self, layer: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if rank % layer.groups:
+            raise ValueError(
+                f"the layer is a {self.name} of {layer.groups} groups, which do not divide the rank {rank}; choose a multiple"
+            )
+        return (
+            (rank, layer.in_channels, *layer.kernel_size),
+            (layer.out_channels, rank // layer.groups, *(1,) * self.dims),
+        )
+
+    def factor(self, layer: Any, weight: torch.Tensor, *, inner: bool) -> nn.Module:
+        geometry: dict[str, Any] = {"kernel_size": 1, "groups": layer.groups}
+        if inner:
+            names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            geometry = {"groups": 1} | {name: getattr(layer, name) for name in names}
+        channels = weight.shape[1] * geometry["groups"]
+        with torch.device("meta"):  # draws no random numbers
+            module = self.layer_cls(channels, weight.shape[0], bias=False, **geometry)
+        module.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+        return module
+
+    def check_rows(self, layer: Any, x: torch.Tensor) -> None:
+        if x.dim() != self.dims + 2:
+            raise ValueError(
+                f"`adapter_names` needs a batch, but a {self.name} got an input of shape {tuple(x.shape)}, whose first dimension "
+                "is that of the channels. Give it an input with a batch dimension."
+            )
+
+
 class OpaqueLinearKind(LayerKind):
     """A linear layer whose weight is no plain float matrix (quantised): only its output can be added to."""
 
@@ -172,7 +307,15 @@ class OpaqueLinearKind(LayerKind):
         return f"its weight is no plain float matrix but {dtype} (quantised?); dequantise the model first"
 
 
-_KINDS: list[LayerKind] = [LinearKind(), Conv1DKind(), EmbeddingKind(), OpaqueLinearKind()]
+_KINDS: list[LayerKind] = [
+    LinearKind(),
+    Conv1DKind(),
+    EmbeddingKind(),
+    ConvKind(nn.Conv1d),
+    ConvKind(nn.Conv2d),
+    ConvKind(nn.Conv3d),
+    OpaqueLinearKind(),
+]
 
 
 def register_kind(kind: LayerKind) -> None:

@@ -22,19 +22,6 @@ from .mixed import by_rows
 HALF = (torch.float16, torch.bfloat16)
 
 
-class Factor(nn.Linear):
-    """A bias-free ``nn.Linear`` made around a given weight, without drawing random numbers first."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
-        self.register_parameter("bias", None)
-
-    def _get_name(self) -> str:
-        return "Linear"
-
-
 @dataclass
 class Parts:
     """One adapter on one layer before it is installed.
@@ -59,11 +46,12 @@ class AdapterLayer(BaseTunerLayer):
     """
 
     linear_slots: ClassVar[tuple[str, ...]] = ()
-    """Slots whose parameter is the weight of a bias-free linear layer (state-dict key ``slot.adapter.weight``)."""
+    """Slots that hold a bias-free layer without a kernel of its own, or on convolutions a convolution (state-dict key
+    ``slot.adapter.weight``). The first one reads the base layer's input; shapes come from ``self.kind.factor_shapes``."""
     parameter_slots: ClassVar[tuple[str, ...]] = ()
     """Slots that are plain parameters (state-dict key ``slot.adapter``)."""
-    why_no_merge: ClassVar[str | None] = None
-    """Why the method cannot be merged, where it cannot."""
+    why_no_merge: str | None = None
+    """Why the method cannot be merged, where it cannot; of a class, or of one layer."""
     delta_depends_on_weight: ClassVar[bool] = False
     """Whether ΔW is a function of the weight that it is added to."""
 
@@ -74,7 +62,8 @@ class AdapterLayer(BaseTunerLayer):
         if kind is None:
             raise ValueError(f"{type(self).__name__} cannot adapt a layer of type {type(base_layer).__name__}.")
         self.kind: LayerKind = kind
-        self.out_features, self.in_features = kind.shape(self.get_base_layer())
+        self.out_features, self.in_features = kind.features(self.get_base_layer())
+        self.matrix_shape = kind.shape(self.get_base_layer())
         self.cast_input_dtype_enabled = True
         for slot in self.linear_slots:
             setattr(self, slot, nn.ModuleDict())
@@ -109,7 +98,7 @@ class AdapterLayer(BaseTunerLayer):
         raise NotImplementedError
 
     def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
-        """ΔW of an adapter, shape (out_features, in_features).
+        """ΔW of an adapter, of shape ``matrix_shape``: (out_features, in_features) for layers without a kernel.
 
         Args:
             name: The adapter.
@@ -122,7 +111,7 @@ class AdapterLayer(BaseTunerLayer):
         return None
 
     def before(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Change the base layer's input, shape (batch, …, in_features)."""
+        """Change the base layer's input, shape (batch, …, in_features); (batch, in_features, …) for convolutions."""
         return x
 
     def after(self, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()) -> torch.Tensor:
@@ -130,8 +119,8 @@ class AdapterLayer(BaseTunerLayer):
 
         Args:
             name: The adapter.
-            x: The layer's input, (batch, …, in_features), or indices.
-            y: Its output so far, (batch, …, out_features).
+            x: The layer's input, (batch, …, in_features), (batch, in_features, …) for convolutions, or indices.
+            y: Its output so far, shaped likewise.
             earlier: Adapters that were applied to ``y`` before.
         """
         weight = self.matrix(earlier) if self.delta_depends_on_weight else None
@@ -181,6 +170,7 @@ class AdapterLayer(BaseTunerLayer):
             raise ValueError("`adapter_names` cannot be used while adapters are merged: call unmerge_adapter() first.")
         if not any(self.has_adapter(name) for name in plan.names):
             return self.base_layer(x, *args, **kwargs)
+        self.kind.check_rows(self.get_base_layer(), x)
         if x.shape[0] == 1 and len(plan.names) > 1:  # one row for the whole batch, such as positions
             x = x.expand(len(plan.names), *x.shape[1:])
 
@@ -225,7 +215,7 @@ class AdapterLayer(BaseTunerLayer):
         return base
 
     def matrix(self, names: Iterable[str]) -> torch.Tensor:
-        """The weight as (out_features, in_features) with adapters of this layer added, and all live ones of layers below."""
+        """The weight as a matrix with adapters of this layer added, and all live ones of layers below."""
         if isinstance(self.base_layer, AdapterLayer):
             weight = self.base_layer.matrix(self.base_layer.live_adapters())
         else:
@@ -274,8 +264,8 @@ class AdapterLayer(BaseTunerLayer):
             getattr(self, attribute)[name] = value
         for slot, tensor in parts.tensors.items():
             if slot in self.linear_slots:
-                module = Factor(tensor)
-                module.weight.requires_grad_(False)
+                module = self.kind.factor(self.get_base_layer(), tensor, inner=slot == self.linear_slots[0])
+                module.requires_grad_(False)
                 module.training = self.training
                 getattr(self, slot)[name] = module
             else:

@@ -128,7 +128,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, BaseTunerLayer):
             continue
         for child_name, child in reversed(module._modules.items()):
-            if child is not None:
+            if child is not None and child_name != "parametrizations":  # which torch adds, to compute weights
                 stack.append((f"{name}.{child_name}" if name else child_name, child))
     return modules
 

@@ -16,6 +16,7 @@ from .extra_modules import ModulesToSaveWrapper
 from .holder import BaseTunerLayer, adapted_modules, require_adapters
 from .injection import cast_adapter_dtype, inject
 from .layer import AdapterLayer
+from .replication import restore
 
 
 class BaseTuner(nn.Module):
@@ -206,6 +207,8 @@ class BaseTuner(nn.Module):
                 )
             parent_name, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent_name), child, base)
+        if not names:  # what is merged stays as deep as it was trained
+            restore(self.model)
         with contextlib.suppress(AttributeError):
             del self.model.peft_config
         return self.model

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...config import PeftType, WeightConfig
+from ...core.replication import check_ranges
 
 
 @dataclass
@@ -45,6 +46,8 @@ class LoraConfig(WeightConfig):
         layers_pattern: Name of the list that holds the layers, where it is not found by itself.
         rank_pattern: Ranks that differ from ``r``, by name, suffix or regular expression.
         alpha_pattern: The same for ``lora_alpha``.
+        layer_replication: Ranges ``[start, end)`` of the base model's layers that follow one another in a deeper model. Layers that
+            occur several times share their weights; each place has an adapter of its own.
 
     The other fields are those of the field's common configuration. Any that is not built yet raises ``NotImplementedError`` when it
     is set; none is ignored.
@@ -92,7 +95,7 @@ class LoraConfig(WeightConfig):
 
     _not_built = (
         "megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora",
-        "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias",
+        "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "lora_bias",
         "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
     )  # fmt: skip
 
@@ -113,6 +116,8 @@ class LoraConfig(WeightConfig):
                 raise ValueError(
                     f"`{name}` should be a dictionary from a module name or pattern to a value, got {value!r}."
                 )
+        if self.layer_replication:
+            check_ranges(self.layer_replication)
         self._check_built()
 
     def _check_built(self) -> None:

@@ -19,7 +19,8 @@ class LoraLayer(AdapterLayer):
     """A layer with LoRA adapters.
 
     ``lora_A[name].weight`` has shape (r, in_features) and ``lora_B[name].weight`` (out_features, r); on embeddings the parameters
-    ``lora_embedding_A[name]`` and ``lora_embedding_B[name]`` have these shapes.
+    ``lora_embedding_A[name]`` and ``lora_embedding_B[name]`` have these shapes. On convolutions A is a convolution with the layer's
+    kernel, stride, padding and dilation, from in_channels to r, and B one with a kernel of 1 and the layer's groups.
     """
 
     linear_slots = ("lora_A", "lora_B")
@@ -33,6 +34,11 @@ class LoraLayer(AdapterLayer):
         self.scaling: dict[str, float] = {}
         self.lora_dropout = nn.ModuleDict()
         self._start_scaling: dict[str, float] = {}
+        if getattr(self.get_base_layer(), "groups", 1) > 1:
+            self.why_no_merge = (
+                "LoRA's A reads all input channels of a grouped convolution, and its weight has no place for that; "
+                "use the adapter unmerged"
+            )
         self._memo = Memo()
 
     def settings(self, config: Any, target: str) -> dict[str, Any]:
@@ -55,8 +61,7 @@ class LoraLayer(AdapterLayer):
         }
 
     def shapes(self, config: Any, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        a, b = self._slots()
-        return {a: (settings["r"], self.in_features), b: (self.out_features, settings["r"])}
+        return dict(zip(self._slots(), self.kind.factor_shapes(self.get_base_layer(), settings["r"]), strict=True))
 
     def start(self, tensors: dict[str, torch.Tensor], config: Any, settings: dict[str, Any]) -> None:
         a, b = (tensors[slot] for slot in self._slots())
@@ -76,7 +81,7 @@ class LoraLayer(AdapterLayer):
 
     def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
         a, b = self.factors(name)
-        return (b @ a) * self.scaling[name]
+        return self.kind.combine(self.get_base_layer(), b, a) * self.scaling[name]
 
     def after(self, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()) -> torch.Tensor:
         a, b = self.factors(name)
@@ -106,10 +111,10 @@ class LoraLayer(AdapterLayer):
         return dropout(x), 0.0
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A, shape (r, in_features), and B, shape (out_features, r), of an adapter."""
+        """A, shape (r, columns of the weight's matrix), and B, shape (out_features, r), of an adapter."""
         if self.kind.takes_indices:
             return self.lora_embedding_A[name], self.lora_embedding_B[name]
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        return self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
 
     def _slots(self) -> tuple[str, str]:
         return ("lora_embedding_A", "lora_embedding_B") if self.kind.takes_indices else ("lora_A", "lora_B")
@@ -156,4 +161,16 @@ class Embedding(LoraLayer):
     """LoRA on an embedding."""
 
 
-LAYERS = {"Embedding": Embedding}
+class Conv1d(LoraLayer):
+    """LoRA on ``nn.Conv1d``."""
+
+
+class Conv2d(LoraLayer):
+    """LoRA on ``nn.Conv2d``."""
+
+
+class Conv3d(LoraLayer):
+    """LoRA on ``nn.Conv3d``."""
+
+
+LAYERS = {layer.__name__: layer for layer in (Embedding, Conv1d, Conv2d, Conv3d)}
