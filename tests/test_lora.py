@@ -124,13 +124,13 @@ def test_no_field_is_ignored():
     ("options", "message"),
     [
         ({"r": 0}, "`r` should be a positive integer"),
-        ({"r": "8"}, "`r` should be a positive integer"),
-        ({"r": True}, "`r` should be a positive integer"),
+        ({"r": "8"}, "`r` should be an integer"),
+        ({"r": True}, "`r` should be an integer"),
         ({"lora_alpha": "x"}, "`lora_alpha` should be a number"),
         ({"lora_dropout": 1.5}, "`lora_dropout` is a probability"),
         ({"bias": "some"}, "`bias` should be 'none', 'all' or 'lora_only'"),
-        ({"rank_pattern": [1]}, "`rank_pattern` should be a dictionary"),
-        ({"target_modules": 3}, "target_modules should be a string or a list"),
+        ({"rank_pattern": [1]}, "`rank_pattern` should be a dictionary or None"),
+        ({"target_modules": 3}, "`target_modules` should be a list of strings, a string or None"),
         ({"task_type": "CAUSAL"}, "Unknown task_type 'CAUSAL'"),
     ],
 )

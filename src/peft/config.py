@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import math
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.utils import PushToHubMixin
 
 from .core.errors import PeftWarning, shorten
 from .core.files import CONFIG_NAME, fetch, hub_kwargs, write_atomically
+from .field_checks import check_regex, check_types
 from .registry import get_method, is_registered
 
 
@@ -107,7 +110,7 @@ class PeftConfig(PushToHubMixin):
         problem_type: ``regression``, ``single_label_classification`` or ``multi_label_classification``, for the same adapters.
 
     Raises:
-        ValueError: Unknown task type.
+        ValueError: Unknown task type, or a field of another type than it declares.
     """
 
     task_type: str | TaskType | None = None
@@ -135,6 +138,7 @@ class PeftConfig(PushToHubMixin):
             self.task_type = TaskType(self.task_type)
         if isinstance(self.peft_type, str):
             self.peft_type = PeftType(self.peft_type)
+        check_types(self)
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -240,7 +244,7 @@ class PeftConfig(PushToHubMixin):
         with open(path_json_file, encoding="utf-8") as file:
             try:
                 values = json.load(file)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise ValueError(f"{str(path_json_file)!r} is not valid JSON: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"{str(path_json_file)!r} should hold a JSON object, found a {type(values).__name__}.")
@@ -285,14 +289,17 @@ class PromptLearningConfig(PeftConfig):
 class WeightConfig(PeftConfig):
     """What configurations of methods that wrap layers share: checks of the fields that choose the layers."""
 
+    # Fields that give single modules another value, by name, suffix or regular expression.
+    _pattern_fields = ("rank_pattern", "alpha_pattern")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name, None)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-            elif value is not None and not isinstance(value, (str, set)):
-                raise ValueError(f"{name} should be a string or a list of strings, got {value!r}.")
+            elif isinstance(value, str):
+                check_regex(name, value)
         targets = getattr(self, "target_modules", None)
         layers, pattern = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
         if isinstance(targets, str) and targets != "all-linear":
@@ -304,6 +311,30 @@ class WeightConfig(PeftConfig):
                     )
         if pattern and layers is None:
             raise ValueError("`layers_pattern` has no effect without `layers_to_transform`: specify both, or neither.")
+        for regex in [pattern] if isinstance(pattern, str) else pattern or ():
+            check_regex("layers_pattern", regex)
+        for name in self._pattern_fields:
+            for key, value in (getattr(self, name, None) or {}).items():
+                self._check_pattern(name, key, value)
+
+    def _check_pattern(self, field_name: str, key: Any, value: Any) -> None:
+        check_regex(field_name, str(key))
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"`{field_name}` gives {key!r} the value {value!r}, which is no number.")
+
+    def idle_patterns(self, module_names: Iterable[str]) -> list[tuple[str, str]]:
+        """Pattern fields and keys of theirs that mean none of these modules, and so do nothing.
+
+        Args:
+            module_names: Full names of the adapted modules.
+        """
+        names = list(module_names)
+        return [
+            (field_name, key)
+            for field_name in self._pattern_fields
+            for key in (getattr(self, field_name, None) or {})
+            if not any(pattern_matches(key, name) for name in names)
+        ]
 
     def pattern_value(self, field_name: str, module_name: str, default: Any) -> Any:
         """The value that a pattern field (``rank_pattern``, …) gives a module, else the default.

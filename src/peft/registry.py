@@ -103,6 +103,10 @@ def get_method(peft_type: Any) -> Method:
     from .config import PeftType
     from .core.errors import did_you_mean
 
+    if peft_type is None:
+        raise ValueError(
+            f"The configuration does not say which method it is for: `peft_type` is missing. Known types: {', '.join(registered_types())}."
+        )
     name = _name(peft_type)
     if name in _METHODS:
         return _METHODS[name]

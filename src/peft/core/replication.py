@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -98,20 +98,6 @@ def restore(model: nn.Module) -> None:
     replication: Replication | None = model.__dict__.pop(_ATTRIBUTE, None)
     if replication is not None:
         replication.undo(model)
-
-
-def check_ranges(value: Any) -> None:
-    """Refuse what is no list of ranges.
-
-    Raises:
-        ValueError: With what it should be.
-    """
-    pairs = value if isinstance(value, Sequence) and not isinstance(value, str) else [None]
-    for pair in pairs:
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(n) is int for n in pair):
-            raise ValueError(
-                f"`layer_replication` should be a list of pairs [start, end) of layer numbers, got {value!r}."
-            )
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
