@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import nn
 
 from .errors import doubt
 from .files import accepts
-from .holder import BaseTunerLayer
-from .layer import HALF
+from .holder import BaseTunerLayer, adapted_modules
+from .layer import HALF, AdapterLayer
 
 
 def prepare_model_for_kbit_training(
@@ -109,6 +109,9 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int | None, decode
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """A wrapping policy for FSDP that keeps trainable adapters apart from frozen weights.
 
+    An adapted layer is a unit of its own, and so is the frozen layer in it: the adapter's parameters, which are read in the layer's
+    forward, are then gathered for it, and no unit holds both trained and frozen ones, as ``use_orig_params=False`` needs.
+
     Args:
         model: The model; its transformer blocks are those of ``FSDP_TRANSFORMER_CLS_TO_WRAP``, else ``model._no_split_modules``.
 
@@ -123,18 +126,25 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     missing = [n for n in names if n not in by_name]
     if missing and named:
         raise ValueError(f"FSDP_TRANSFORMER_CLS_TO_WRAP names {missing}, which are not in the model.")
+    layers = [m for _, m in adapted_modules(model) if isinstance(m, AdapterLayer)]
+    apart = {id(m) for layer in layers for m in (layer, layer.get_base_layer())}
+    inside = {id(m) for layer in layers for n in layer.adapter_names() for m in _modules_of(layer, n)}
 
-    def trainable_leaf(module: nn.Module) -> bool:
+    def stands_alone(module: nn.Module) -> bool:
+        if id(module) in apart:
+            return True
         weight = getattr(module, "weight", None)
-        return (
-            not isinstance(module, BaseTunerLayer)
-            and not list(module.children())
-            and weight is not None
-            and weight.requires_grad
-        )
+        is_leaf = not isinstance(module, BaseTunerLayer) and not module._modules and id(module) not in inside
+        return is_leaf and isinstance(weight, torch.Tensor) and weight.requires_grad
 
-    leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=trainable_leaf)
+    units = functools.partial(lambda_auto_wrap_policy, lambda_fn=stands_alone)
     blocks = functools.partial(
         transformer_auto_wrap_policy, transformer_layer_cls={by_name[n] for n in names if n in by_name}
     )
-    return functools.partial(_or_policy, policies=[leaves, blocks])
+    return functools.partial(_or_policy, policies=[units, blocks])
+
+
+def _modules_of(layer: BaseTunerLayer, name: str) -> Iterator[nn.Module]:
+    for _, entry in layer.adapter_entries(name):
+        if isinstance(entry, nn.Module):
+            yield from entry.modules()
