@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distributed_worker import train
+import tiny
+from distributed_worker import SHARDED, train
 from peft import get_peft_model_state_dict
 from settings import ONE_EACH, ONE_EACH_IDS
 
@@ -47,3 +48,29 @@ def test_data_parallel_training_equals_one_process(two_processes, setting, base)
     saved = load_file(two_processes / name / "adapter_model.safetensors")
     for key, tensor in get_peft_model_state_dict(model).items():
         torch.testing.assert_close(saved[key], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_sharded_training_equals_one_process(two_processes):
+    told = json.loads((two_processes / "losses.json").read_text())["fully_shard"]
+    losses, model = train(SHARDED, tiny.LLAMA)
+    assert told["losses"] == pytest.approx(losses, abs=1e-5) and told["sharded"]
+    saved = load_file(two_processes / "sharded" / "adapter_model.safetensors")
+    expected = get_peft_model_state_dict(model)
+    assert list(saved) == sorted(expected)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(saved[key], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_a_sharded_model_takes_an_adapter_from_a_file_and_stays_sharded(two_processes):
+    told = json.loads((two_processes / "losses.json").read_text())["fully_shard"]
+    assert told["missing"] == told["unexpected"] == []
+    assert told["other weights, other outputs"] and told["same outputs after loading"] and told["still sharded"]
+    assert told["a second adapter for inference"] < 1e-6
+
+
+def test_what_a_sharded_model_refuses(two_processes):
+    told = json.loads((two_processes / "losses.json").read_text())["fully_shard"]
+    assert "its weight is sharded" in told["merge"]
+    assert "Add adapters before the model is sharded" in told["add"]
+    assert "The state dict given lacks 15 tensors" in told["partial"]
+    assert not (two_processes / "partial").exists()

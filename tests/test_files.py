@@ -6,11 +6,6 @@ import json
 import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import pytest
 import torch
@@ -107,33 +102,6 @@ def test_a_failed_write_leaves_the_old_files_whole(saved, monkeypatch):
     assert {f: (folder / f).read_bytes() for f in os.listdir(folder)} == before
 
 
-def test_killed_while_saving_the_folder_stays_loadable(saved):
-    _, folder = saved
-    script = textwrap.dedent(
-        """
-        import sys
-        sys.path.insert(0, sys.argv[2])
-        import tiny
-        from settings import randomise
-        from peft import PeftModel
-        model = PeftModel.from_pretrained(tiny.LLAMA.build(), sys.argv[1])
-        print("ready", flush=True)
-        for seed in range(100000):
-            randomise(model, seed=seed)
-            model.save_pretrained(sys.argv[1])
-        """
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(folder), os.path.dirname(__file__)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline().strip() == "ready"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    PeftModel.from_pretrained(BASE.build(), folder, strict=True)
-
-
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
 def test_truncated_weights(saved, keep):
     _, folder = saved
@@ -199,7 +167,7 @@ def test_a_file_from_a_newer_version(saved):
         ('{"peft_type": "LORRA"}', "Unknown PEFT type 'LORRA' .*did you mean 'LORA'"),
         ('{"peft_type": "XLORA"}', "XLORA is not built"),
         ('{"peft_type": "LORA", "r": 0}', "`r` should be a positive integer"),
-        ('{"peft_type": "LORA", "r": "8"}', "`r` should be a positive integer"),
+        ('{"peft_type": "LORA", "r": "8"}', "`r` should be an integer, got '8'"),
         ('{"peft_type": "LORA", "use_dora": true}', "use_dora=True is not built"),
         ('{"peft_type": "LORA", "task_type": "SEQCLS"}', "Unknown task_type 'SEQCLS'"),
     ],

@@ -18,10 +18,12 @@ SOURCE = Path(peft.__file__).parent
 # From the bottom up: a file may import from its own level and from those before it.
 LEVELS = {
     "core/errors": 0,
+    "core/checksum": 0,
     "core/files": 0,
     "core/architectures": 0,
     "kernels": 0,
     "registry": 1,
+    "field_checks": 2,
     "config": 2,
     "core": 3,
     "tuners": 4,

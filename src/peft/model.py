@@ -35,6 +35,7 @@ from .core.mixed import MixedPlan, batch_size_of, check_names, planned
 from .core.model_card import model_card
 from .core.preparation import enable_input_gradients, is_checkpointing
 from .core.tuner import BaseTuner
+from .core.undo import undone_on_failure
 from .registry import get_method
 
 
@@ -308,7 +309,9 @@ class PeftModel(PushToHubMixin, nn.Module):
             else require_adapters(self, selected_adapters, self.peft_config)
         )
         state_dict = kwargs.get("state_dict")
-        # Gather everything before anything is written.
+        if not is_main_process and state_dict is not None:
+            return  # where the caller has gathered, only the main process has something to do
+        # Gather everything before anything is written; all processes take part.
         tensors = {
             name: checkpoints.get_peft_model_state_dict(
                 self, state_dict, name, save_embedding_layers=save_embedding_layers
@@ -317,6 +320,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         }
         if not is_main_process:
             return
+        files: dict[str, Any] = {}
         for name in names:
             config = copy.copy(self.peft_config[name])
             config.inference_mode = True
@@ -327,10 +331,10 @@ class PeftModel(PushToHubMixin, nn.Module):
                     "parent_library": type(base).__module__,
                 }
             record_head(config, base, dict(self._heads_of(name)))
-            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
-            writer = safetensors_writer(tensors[name])
-            write_atomically(folder, {SAFETENSORS_WEIGHTS_NAME: writer, CONFIG_NAME: config.to_file()})
-        self.create_or_update_model_card(os.fspath(save_directory))
+            folder = "" if name == "default" else name
+            files[os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)] = safetensors_writer(tensors[name])
+            files[os.path.join(folder, CONFIG_NAME)] = config.to_file()
+        write_atomically(save_directory, {**files, "README.md": self._model_card(save_directory)})
 
     def _heads_of(self, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
         for name, module in adapted_modules(self):
@@ -375,9 +379,10 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write a ``README.md`` that says what the adapter is; an existing one keeps its text and gets its metadata updated."""
-        path = os.path.join(output_dir, "README.md")
-        text = model_card(path, self.peft_config, self.get_base_model())
-        write_atomically(output_dir, {"README.md": text.encode()})
+        write_atomically(output_dir, {"README.md": self._model_card(output_dir)})
+
+    def _model_card(self, folder: str | os.PathLike) -> bytes:
+        return model_card(os.path.join(folder, "README.md"), self.peft_config, self.get_base_model()).encode()
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -428,16 +433,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         weights = _read_weights(model_id, key_mapping, kwargs)
         from .mapping import model_class
 
-        with strictness(strict):
+        with strictness(strict), undone_on_failure(model):
             holder = model_class(config, cls)(
                 model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True
             )
-            try:
-                holder._take(weights, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False))
-            except Exception:
-                with contextlib.suppress(Exception):
-                    holder.base_model._unload([], False)
-                raise
+            holder._take(weights, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False))
         if not is_trainable:
             holder.eval()
         return holder
@@ -479,25 +479,18 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         _refuse_offload(ephemeral_gpu_offload)
         kwargs = {**kwargs, "torch_device": torch_device}
-        is_new = adapter_name not in self.peft_config
         config = None
-        if is_new:
+        if adapter_name not in self.peft_config:
             check_adapter_name(adapter_name, self.peft_config)
             config = PeftConfig.from_pretrained(model_id, **_config_kwargs(kwargs))
             config.inference_mode = not is_trainable
         weights = _read_weights(model_id, key_mapping, kwargs)
-        with strictness(strict):
+        with strictness(strict), undone_on_failure(self.get_base_model()):
             if config is not None:
                 self.add_adapter(
                     adapter_name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast_adapter_dtype
                 )
-            try:
-                result = self._take(weights, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False))
-            except Exception:
-                if is_new:
-                    activation.delete_adapter(self, adapter_name)
-                    del self.peft_config[adapter_name]
-                raise
+            result = self._take(weights, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False))
         if is_trainable:
             self.set_requires_grad(adapter_name)
         return result
@@ -505,11 +498,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def _take(
         self, weights: dict[str, torch.Tensor], adapter_name: str, source: str, ignore_mismatched_sizes: bool
     ) -> checkpoints.LoadResult:
-        result = checkpoints.set_peft_model_state_dict(
-            self, weights, adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes
-        )
-        checkpoints.report(result, adapter_name, source)
-        return result
+        return checkpoints.load(self, weights, adapter_name, source, ignore_mismatched_sizes)
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 

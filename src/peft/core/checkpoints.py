@@ -16,6 +16,7 @@ from .errors import MismatchError, PeftError, doubt, shorten
 from .holder import BaseTunerLayer, adapted_modules, require_adapters
 from .injection import bias_parameters
 from .layer import AdapterLayer
+from .sharding import fill, full_shape, plain_name, reshard, whole
 from .targets import EMBEDDING_NAMES, base_modules
 
 PREFIX = "base_model.model."
@@ -37,8 +38,8 @@ class LoadResult:
 
 
 def file_prefix(name: str) -> str:
-    """Name of an adapted module in files: layers of other methods around it leave no trace."""
-    return re.sub(r"(\.base_layer)+$", "", name)
+    """Name of an adapted module in files: layers of other methods around it, and wrappers, leave no trace."""
+    return re.sub(r"(\.base_layer)+$", "", plain_name(name))
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -47,11 +48,11 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
     for name, layer in adapted_modules(model):
         for file_key, own_key, tensor in layer.adapter_tensors(adapter_name):
             if name:
-                yield f"{file_prefix(name)}.{file_key}", f"{name}.{own_key}", tensor
+                yield f"{file_prefix(name)}.{plain_name(file_key)}", f"{name}.{own_key}", tensor
             else:
                 yield file_key, own_key, tensor
     for name, parameter in bias_parameters(model, config, adapter_name).items():
-        yield name, name, parameter
+        yield plain_name(name), name, parameter
 
 
 def get_peft_model_state_dict(
@@ -61,7 +62,9 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, torch.Tensor]:
-    """An adapter's tensors by the keys of its file.
+    """An adapter's tensors by the keys of its file, whole.
+
+    Tensors that ``fully_shard`` has spread over processes are gathered, one by one, so every process has to call this.
 
     Args:
         model: The model.
@@ -75,7 +78,8 @@ def get_peft_model_state_dict(
 
     Raises:
         ValueError: Unknown adapter.
-        PeftError: ``state_dict`` lacks tensors of the adapter. A partial adapter is never returned.
+        PeftError: ``state_dict`` lacks tensors of the adapter or holds parts of them, or the model does. A partial adapter is
+            never returned.
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
@@ -84,9 +88,12 @@ def get_peft_model_state_dict(
     lacking = []
     for file_key, own_key, tensor in adapter_tensors(model, adapter_name):
         if state_dict is None:
-            result[file_key] = tensor
-        elif own_key in state_dict:
-            result[file_key] = state_dict[own_key]
+            result[file_key] = whole(tensor, own_key)
+        elif (known := own_key if own_key in state_dict else plain_name(own_key)) in state_dict:
+            result[file_key] = whole(state_dict[known], known)
+            shape, found = full_shape(tensor), tuple(result[file_key].shape)
+            if found != shape and shape is not None:
+                lacking.append(f"{known} of shape {shape}, not {found}")
         else:
             lacking.append(own_key)
     if lacking:
@@ -94,11 +101,17 @@ def get_peft_model_state_dict(
             f"The state dict given lacks {len(lacking)} tensors of adapter {adapter_name!r}: {shorten(lacking)}. "
             "Pass the full state dict of this very model, gathered from all processes."
         )
+    empty = [key for key, tensor in result.items() if tensor.numel() == 0]
+    if empty or not result:
+        raise PeftError(
+            f"Adapter {adapter_name!r} has {f'tensors without values: {shorten(empty)}' if empty else 'no tensors'}. Are its "
+            "parameters sharded over processes? Then gather them first and pass them as `state_dict`."
+        )
     if wants_embeddings(model, adapter_name, save_embedding_layers):
         source = model.state_dict() if state_dict is None else state_dict
         names = [n for n in embedding_weights(model) if n in source]
         adapted = [n for n in names if n.endswith(".base_layer.weight")]
-        result.update({n: source[n] for n in adapted or names})
+        result.update({n: whole(source[n], n) for n in adapted or names})
     return result
 
 
@@ -125,39 +138,35 @@ def set_peft_model_state_dict(
 
     Raises:
         ValueError: Unknown adapter.
-        MismatchError: Shapes differ. The model is as it was.
+        MismatchError: Shapes differ, or integers stand for weights. The model is as it was.
     """
-    require_adapters(model, adapter_name, configs_of(model))
-    places = {file_key: own_key for file_key, own_key, _ in adapter_tensors(model, adapter_name)}
-    base_weights = {n: n for n in embedding_weights(model)}
-    result = LoadResult()
-    assignments: list[tuple[str, torch.Tensor]] = []
-    problems = []
-    found = set()
-    for key, tensor in peft_model_state_dict.items():
-        file_key = _placed(key, places) or _placed(key, base_weights)
-        if file_key is None and _is_leftover(key):
-            continue
-        if file_key is None:
-            result.unexpected_keys.append(key)
-            continue
-        found.add(file_key)
-        own_key = places.get(file_key, file_key)
-        current = _tensor(model, own_key)
-        if current.shape != tensor.shape:
-            problems.append(f"{key}: the file has {tuple(tensor.shape)}, the model {tuple(current.shape)}")
-            result.mismatched_keys.append(key)
-        else:
-            assignments.append((own_key, tensor))
-    if problems and not ignore_mismatched_sizes:
-        raise MismatchError(
-            f"Tensors of adapter {adapter_name!r} do not fit the model ({len(problems)}): {'; '.join(problems[:4])}. The adapter "
-            "was made for another base model, another rank or another number of labels."
-        )
-    result.missing_keys = [k for k in places if k not in found]
-    for own_key, tensor in assignments:
-        _assign(model, own_key, tensor)
-    _materialise(model, adapter_name)
+    result, assignments = _plan(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
+    _carry_out(model, assignments, adapter_name)
+    return result
+
+
+def load(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    source: str,
+    ignore_mismatched_sizes: bool = False,
+) -> LoadResult:
+    """Write the tensors of a file into a model, after saying which keys are missing or of no use.
+
+    Args:
+        model: The model, with the adapter in it.
+        tensors: Tensors by file key.
+        adapter_name: The adapter.
+        source: Where they come from, for messages.
+        ignore_mismatched_sizes: Leave tensors of other shapes out, instead of raising.
+
+    Raises:
+        ValueError: Shapes differ; or keys do, when strict. No weight has changed then.
+    """
+    result, assignments = _plan(model, tensors, adapter_name, ignore_mismatched_sizes)
+    report(result, adapter_name, source)
+    _carry_out(model, assignments, adapter_name)
     return result
 
 
@@ -250,6 +259,55 @@ def _vocab_size_on_disk(path: str) -> int | None:
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
+def _plan(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_name: str, ignore_mismatched_sizes: bool
+) -> tuple[LoadResult, list[tuple[str, torch.Tensor]]]:
+    """What loading would do: which key in the model gets which tensor. Changes nothing."""
+    reshard(model)
+    require_adapters(model, adapter_name, configs_of(model))
+    places = {file_key: own_key for file_key, own_key, _ in adapter_tensors(model, adapter_name)}
+    base_weights = {n: n for n in embedding_weights(model)}
+    result = LoadResult()
+    assignments: list[tuple[str, torch.Tensor]] = []
+    problems, dtypes = [], []
+    found = set()
+    for key, tensor in tensors.items():
+        file_key = _placed(key, places) or _placed(key, base_weights)
+        if file_key is None and _is_leftover(key):
+            continue
+        if file_key is None:
+            result.unexpected_keys.append(key)
+            continue
+        found.add(file_key)
+        own_key = places.get(file_key, file_key)
+        current = _tensor(model, own_key)
+        if current.is_floating_point() != tensor.is_floating_point():
+            dtypes.append(f"{key}: the file has {_dtype(tensor)}, the model {_dtype(current)}")
+        elif current.shape != tensor.shape:
+            problems.append(f"{key}: the file has {tuple(tensor.shape)}, the model {tuple(current.shape)}")
+            result.mismatched_keys.append(key)
+        else:
+            assignments.append((own_key, tensor))
+    if problems and not ignore_mismatched_sizes:
+        raise MismatchError(
+            f"Tensors of adapter {adapter_name!r} do not fit the model ({len(problems)}): {'; '.join(problems[:4])}. The adapter "
+            "was made for another base model, another rank or another number of labels."
+        )
+    if dtypes:
+        raise MismatchError(
+            f"Tensors of adapter {adapter_name!r} have types that are no weights ({len(dtypes)}): {'; '.join(dtypes[:4])}. "
+            "The file is damaged, or was not written as an adapter."
+        )
+    result.missing_keys = [k for k in places if k not in found]
+    return result, assignments
+
+
+def _carry_out(model: nn.Module, assignments: list[tuple[str, torch.Tensor]], adapter_name: str) -> None:
+    for own_key, tensor in assignments:
+        _assign(model, own_key, tensor)
+    _materialise(model, adapter_name)
+
+
 def _placed(key: str, places: Mapping[str, str]) -> str | None:
     """The key by which the model knows a key of a file, or ``None``."""
     bare, half = key.removeprefix(PREFIX), key.removeprefix("base_model.")
@@ -275,6 +333,10 @@ def _is_leftover(key: str) -> bool:
     return ".original_module." in key or ".modules_to_save." in key
 
 
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _holder(model: nn.Module, own_key: str) -> tuple[nn.Module, str]:
     parent, _, leaf = own_key.rpartition(".")
     return model.get_submodule(parent), leaf
@@ -289,8 +351,7 @@ def _assign(model: nn.Module, own_key: str, tensor: torch.Tensor) -> None:
     module, leaf = _holder(model, own_key)
     current = getattr(module, leaf)
     if current.device.type != "meta":
-        with torch.no_grad():
-            current.copy_(tensor)
+        fill(current, tensor)
         return
     owner = _owner(model, own_key)
     device = owner.device_and_dtype()[0] if isinstance(owner, AdapterLayer) else _real_device(owner)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import os
+import re
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from . import checksum
 from .errors import PeftWarning
 
 CONFIG_NAME = "adapter_config.json"
@@ -62,56 +66,93 @@ def fetch(model_id: str | os.PathLike, filename: str, subfolder: str | None = No
         return None
 
 
-def write_atomically(
-    folder: str | os.PathLike, files: Mapping[str, bytes | Callable[[str], None]], *, subfolder: str = ""
-) -> None:
-    """Write files so that a crash leaves the old ones whole: each to a temporary name first, then all renamed.
+def write_atomically(folder: str | os.PathLike, files: Mapping[str, bytes | Callable[[str], None]]) -> None:
+    """Write files so that a failure leaves the old ones whole: all to temporary names first, then all renamed.
 
     Args:
         folder: Where to; made if missing.
-        files: Name of each file, and its bytes or a function that writes them to the path that it is given.
-        subfolder: Folder inside it.
+        files: Path of each file inside the folder, and its bytes or a function that writes them to the path that it is given.
 
     Raises:
         ValueError: ``folder`` is a file.
-        OSError: It cannot be written.
+        OSError: It cannot be written. Nothing in it has changed.
     """
-    folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
+    folder = os.fspath(folder) or "."
     if os.path.isfile(folder):
         raise ValueError(f"Provided path ({folder!r}) should be a directory, not a file. Give a folder.")
-    os.makedirs(folder, exist_ok=True)
     umask = os.umask(0)
     os.umask(umask)
     written: list[tuple[str, str]] = []
+    made: list[str] = []
     try:
         for name, content in files.items():
-            handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+            final = os.path.join(folder, name)
+            parent, leaf = os.path.split(final)
+            _make_folders(parent, made)
+            if os.path.isdir(final):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), final)
+            _sweep(parent, leaf)
+            handle, temporary = tempfile.mkstemp(prefix=f".{leaf}.", suffix=".tmp", dir=parent)
             os.close(handle)
-            written.append((temporary, os.path.join(folder, name)))
+            written.append((temporary, final))
             if callable(content):
                 content(temporary)
             else:
                 with open(temporary, "wb") as file:
                     file.write(content)
-            descriptor = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(temporary)
             os.chmod(temporary, 0o666 & ~umask)
         for temporary, final in written:
             os.replace(temporary, final)
-    except BaseException:
+    except BaseException as error:
         for temporary, _ in written:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = error.strerror or str(error)
+            raise OSError(
+                error.errno, f"{reason}: nothing was saved, and what was there is as it was", folder
+            ) from error
         raise
+    for path in {os.path.dirname(final) for _, final in written}:
+        # The new names reach the disk too, where the system lets a folder be synchronised.
+        with contextlib.suppress(OSError):
+            _sync(path)
+
+
+def _make_folders(folder: str, made: list[str]) -> None:
+    """Make a folder and those above it, and note which are new."""
+    if folder and not os.path.isdir(folder):
+        if os.path.lexists(folder):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
+        _make_folders(os.path.dirname(folder), made)
+        os.makedirs(folder, exist_ok=True)
+        made.append(folder)
+
+
+def _sweep(folder: str, name: str) -> None:
+    """Remove temporary files that a killed process left behind; those of the last hour may be in use by another one."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(f".{name}.") and entry.name.endswith(".tmp"):
+                with contextlib.suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > 3600:
+                        os.unlink(entry.path)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def safetensors_writer(tensors: Mapping[str, torch.Tensor]) -> Callable[[str], None]:
-    """A function that writes tensors as safetensors; tensors that share memory are written each in full."""
-    from safetensors.torch import save_file
-
+    """A function that writes tensors as safetensors with a checksum; tensors that share memory are written each in full."""
     ready: dict[str, torch.Tensor] = {}
     seen: set[tuple[torch.device, int]] = set()
     for key, tensor in tensors.items():
@@ -121,7 +162,21 @@ def safetensors_writer(tensors: Mapping[str, torch.Tensor]) -> Callable[[str], N
             tensor = tensor.clone()
         seen.add(place)
         ready[key] = tensor.contiguous()
-    return lambda path: save_file(ready, path, metadata={"format": "pt"})
+
+    def write(path: str) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        try:
+            save_file(ready, path, metadata=checksum.METADATA)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        checksum.seal(path, {key: tuple(tensor.shape) for key, tensor in ready.items()})
+
+    return write
 
 
 def load_peft_weights(
@@ -141,8 +196,6 @@ def load_peft_weights(
     Raises:
         ValueError: There is no adapter file, or it is damaged, or it is a pickle with anything but tensors in it.
     """
-    import re
-
     subfolder = kwargs.pop("subfolder", None)
     kwargs.pop("use_safetensors", None)
     download, unknown = hub_kwargs(kwargs)
@@ -152,15 +205,7 @@ def load_peft_weights(
     path = fetch(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder, **download)
     tensors: dict[str, torch.Tensor]
     if path is not None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path, device=str(target))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path!r} is damaged or not a safetensors file: {error}. Save the adapter again."
-            ) from error
+        tensors = _read_safetensors(path, str(target))
     else:
         path = fetch(model_id, WEIGHTS_NAME, subfolder, **download)
         if path is None:
@@ -180,6 +225,26 @@ def load_peft_weights(
             raise ValueError(f"{path!r} does not hold a dictionary of tensors, so it is no adapter.")
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, k): v for k, v in tensors.items()}
+    return tensors
+
+
+def _read_safetensors(path: str, device: str) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path, device=device)
+        checksum.verify(path)
+    except checksum.ChecksumError as error:
+        raise ValueError(
+            f"{path!r} is damaged: {error}. Copy or download it again. If a program changed it on purpose, that program has to "
+            f"leave {checksum.KEY!r} out of the file's metadata."
+        ) from error
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            pointer = file.read(100).startswith(b"version https://git-lfs")
+        mend = "It is a pointer of Git LFS: fetch the file itself with `git lfs pull`" if pointer else "Copy it again"
+        raise ValueError(f"{path!r} is damaged or not a safetensors file: {error}. {mend}.") from error
     return tensors
 
 

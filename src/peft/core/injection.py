@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import NoMatchingPeftModuleError, PeftError, doubt, shorten
+from .errors import NoMatchingPeftModuleError, PeftError, did_you_mean, doubt, shorten
 from .extra_modules import ModulesToSaveWrapper, find_modules_to_save, fit_head, is_fresh
 from .holder import BaseTunerLayer, adapted_modules, shared_of
 from .layer import HALF, AdapterLayer, Parts
 from .mixed import Shared
 from .replication import replicated
+from .sharding import is_dtensor, reshard
 from .targets import (
     ALL_LINEAR,
     HEAD_NAMES,
@@ -73,6 +74,7 @@ def inject(
     """
     known: dict[str, Any] = getattr(model, "peft_config", None) or {}
     check_adapter_name(adapter_name, known)
+    reshard(model)
     tuner_cls.check_config(config, model)
     first = not any(True for _ in adapted_modules(model))
     shared = shared_of(model) or Shared()
@@ -89,6 +91,8 @@ def inject(
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             targets = shortest_names(places, base_modules(model))
         placements = _build(model, config, tuner_cls, places, on_meta)
+        _check_patterns(config, places)
+        _check_sharded(config, placements)
         _check_bias(config, known)
         fit_head(model, config, heads)
         copies = {name: _copy(module, on_meta) for name, module in heads.items()}
@@ -258,6 +262,26 @@ def _places_of_state_dict(
             f"The state dict holds no tensors of this method: none of its keys names {slots.replace('|', ', ')}."
         )
     return {n: m for n, m in modules.items() if n in names}
+
+
+def _check_patterns(config: Any, places: Mapping[str, Any]) -> None:
+    idle = config.idle_patterns(places) if hasattr(config, "idle_patterns") else []
+    if idle:
+        known = [*places, *{n.rsplit(".", 1)[-1] for n in places}]
+        hints = "; ".join(f"{field}[{key!r}]{did_you_mean(key, known)}" for field, key in idle)
+        doubt(
+            f"Patterns match none of the adapted modules, so they do nothing: {hints}. A key means the end of a module's name, "
+            "at a dot. Mend or remove them."
+        )
+
+
+def _check_sharded(config: Any, placements: list[_Placement]) -> None:
+    sharded = [p.name for p in placements if is_dtensor(getattr(p.layer.get_base_layer(), "weight", None))]
+    if sharded and not config.inference_mode:
+        raise PeftError(
+            f"The model is sharded already ({shorten(sharded, 3)}), so a new adapter's gradients would not be summed over the "
+            "processes. Add adapters before the model is sharded; for inference only, set inference_mode=True."
+        )
 
 
 def _check_bias(config: Any, known: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .errors import PeftError, PeftWarning, doubt, shorten
+from .sharding import reshard
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -230,6 +231,7 @@ def merge_model(
     Raises:
         ValueError: A layer or method cannot be merged, a weight is tied to another module, or ``safe_merge`` found NaN.
     """
+    reshard(model)
     layers = mergeable_layers(model, adapter_names)
     check_mergeable(model, layers)
     if safe_merge:  # a first pass that writes nothing, so that a broken layer leaves all others untouched

@@ -93,6 +93,11 @@ def replicated(model: nn.Module, config: Any, known: Mapping[str, Any]) -> Itera
         raise
 
 
+def is_replicated(model: nn.Module) -> bool:
+    """Whether a model has been made deeper."""
+    return _ATTRIBUTE in model.__dict__
+
+
 def restore(model: nn.Module) -> None:
     """Give a replicated model its own layers back."""
     replication: Replication | None = model.__dict__.pop(_ATTRIBUTE, None)
