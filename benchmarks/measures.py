@@ -51,6 +51,11 @@ def in_order(pair: Sequence[Any], number: int) -> Sequence[Any]:
     return pair if number % 2 == 0 else pair[::-1]
 
 
+def is_measured(subject: str, side: Side) -> bool:
+    """Whether a side has what is to be measured: the peer lacks some methods."""
+    return side.name == "ours" or not any(method.name == subject and method.ours_only for method in METHODS)
+
+
 def training(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Step time, forward time and bytes saved for backward, every subject living in one worker a side."""
     subjects = [FROZEN, *[FULL] * plan.full, *(method.name for method in plan.methods)]
@@ -70,11 +75,12 @@ def _training_of(
     }
     for worker in pair:
         worker.ask("clear")
-        for subject in subjects:
+        here = [subject for subject in subjects if is_measured(subject, worker.side)]
+        for subject in here:
             say(f"{shape.name}: {worker.side.name} builds {subject}")
             worker.ask("build", shape=shape.name, method=subject, **plan.options)
-        nodes = {subject: worker.ask("saved", method=subject) for subject in subjects}
-        for subject in subjects:
+        nodes = {subject: worker.ask("saved", method=subject) for subject in here}
+        for subject in here:
             if nodes[subject] != worker.ask("saved", method=subject):
                 raise RuntimeError(f"{worker.side.name}: bytes saved by {subject} changed from one step to the next")
             row = rows[subject, "bytes saved"]
@@ -84,6 +90,8 @@ def _training_of(
         say(f"{shape.name}: round {number + 1} of {plan.repeats}")
         for subject in subjects[1:]:
             for worker in in_order(pair, number):
+                if not is_measured(subject, worker.side):
+                    continue
                 # The bound anew for each subject: a machine's speed drifts within a round.
                 bounds, values = _seconds(worker, FROZEN), _seconds(worker, subject)
                 for measure, bound in bounds.items():
@@ -105,6 +113,8 @@ def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
         for _ in range(plan.peak_repeats):
             with workers(*sides) as pair:
                 for worker in pair:
+                    if not is_measured(subject, worker.side):
+                        continue
                     value = worker.ask("peak", shape=shape.name, method=subject, **plan.options)
                     found[worker.side.name].append(value)
         return found
@@ -116,6 +126,8 @@ def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
             for key, name in (("process", "peak memory"), ("added", "peak memory above the imports")):
                 row = Row(shape.name, f"{method.name}: {name}", "bytes", FROZEN)
                 for side in sides:
+                    if not is_measured(method.name, side):
+                        continue
                     for value, bound in zip(values[side.name], bounds[side.name], strict=True):
                         row.add(side.name, value[key], bound[key])
                 yield row

@@ -101,11 +101,13 @@ class Method:
         name: How tables and `--only` call it.
         config: Makes its config. Called with the module `peft` (ours or the peer's: the API is one) and the shape.
         quick: Whether the quick form measures it too.
+        ours_only: Whether the peer does not have it: it is compared with the bound alone then.
     """
 
     name: str
     config: Callable[[Any, Shape], Any]
     quick: bool = False
+    ours_only: bool = False
 
 
 def _lora(all_linear: bool = False, dropout: float = 0.0) -> Callable[[Any, Shape], Any]:
@@ -116,11 +118,22 @@ def _lora(all_linear: bool = False, dropout: float = 0.0) -> Callable[[Any, Shap
     return config
 
 
+def _bottleneck(placement: str, **options: Any) -> Callable[[Any, Shape], Any]:
+    def config(peft: Any, shape: Shape) -> Any:
+        return peft.BottleneckConfig(placement=placement, **options)
+
+    return config
+
+
 METHODS = (
     Method("LoRA r8", _lora(), quick=True),
     Method("LoRA r8" + DROPOUT, _lora(dropout=0.1), quick=True),
     Method("LoRA r8 all-linear", _lora(all_linear=True)),
     Method("LoRA r8 all-linear" + DROPOUT, _lora(all_linear=True, dropout=0.1)),
+    Method("Pfeiffer adapters 1/16", _bottleneck("pfeiffer"), ours_only=True),
+    Method("Houlsby adapters 1/16", _bottleneck("houlsby"), ours_only=True),
+    Method("Parallel adapters 1/16", _bottleneck("parallel", scaling=4.0), ours_only=True),
+    Method("Compacter 1/16", _bottleneck("houlsby", phm_dim=4), ours_only=True),
 )
 
 

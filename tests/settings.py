@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 import tiny
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import BottleneckConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from toy import DiagScaleConfig
 
 
@@ -23,6 +24,7 @@ class Setting:
         bases: The tiny models that it is tested on.
         second: Options of a second adapter of another size, for tests with several.
         exempt: Promises that do not hold for this method, with the reason its docs give.
+        default_targets: Whether it adapts the modules that it chooses itself, rather than those of the tiny model.
     """
 
     name: str
@@ -38,10 +40,12 @@ class Setting:
     )
     second: dict[str, Any] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
+    default_targets: bool = False
 
     def make(self, base: tiny.Tiny, **options: Any) -> Any:
         """A configuration for a tiny model."""
-        return self.config(target_modules=list(base.targets), task_type=base.task_type, **options)
+        targets = None if self.default_targets else list(base.targets)
+        return self.config(target_modules=targets, task_type=base.task_type, **options)
 
     def model(self, base: tiny.Tiny, dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
         """A fresh adapter on a tiny model."""
@@ -51,6 +55,37 @@ class Setting:
 SETTINGS = (
     Setting("lora", LoraConfig, second={"r": 4, "lora_alpha": 12}),
     Setting("rslora", lambda **kw: LoraConfig(use_rslora=True, r=6, **kw), bases=(tiny.LLAMA,)),
+    Setting(
+        "bottleneck", partial(BottleneckConfig, ln_before=True), second={"reduction_factor": 4, "use_gating": True}
+    ),
+    Setting(
+        "houlsby",
+        partial(BottleneckConfig, placement="houlsby", non_linearity="swish"),
+        second={"bottleneck_dim": 5},
+        bases=(tiny.BERT, tiny.LLAMA, tiny.T5),
+        default_targets=True,
+    ),
+    Setting(
+        "pfeiffer",
+        BottleneckConfig,
+        second={"reduction_factor": 4, "ln_after": True},
+        bases=(tiny.BERT, tiny.T5, tiny.GPT2, tiny.LLAMA),
+        default_targets=True,
+    ),
+    Setting(
+        "parallel",
+        partial(BottleneckConfig, placement="parallel"),
+        second={"bottleneck_dim": 5, "scaling": "learned"},
+        bases=(tiny.BERT, tiny.T5, tiny.LLAMA, tiny.GPT2),
+        default_targets=True,
+    ),
+    Setting(
+        "compacter",
+        partial(BottleneckConfig, placement="houlsby", phm_dim=2),
+        bases=(tiny.LLAMA, tiny.BERT),
+        default_targets=True,
+        second={"bottleneck_dim": 6, "phm_rank": None, "phm_shared": False},
+    ),
     Setting(
         "toy",
         lambda **kw: DiagScaleConfig(**{k: v for k, v in kw.items() if k != "task_type"}, task_type=kw["task_type"]),

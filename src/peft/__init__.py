@@ -25,6 +25,7 @@ _PLACES = {
     "core.checkpoints": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "core.files": ("load_peft_weights",),
     "core.preparation": ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"),
+    "tuners.bottleneck": ("BottleneckConfig", "BottleneckModel"),
     "tuners.lora": ("LoraConfig", "LoraModel", "LoraRuntimeConfig"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
@@ -94,6 +95,8 @@ if TYPE_CHECKING:
     from .task_models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from .task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from .task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from .tuners.bottleneck import BottleneckConfig as BottleneckConfig
+    from .tuners.bottleneck import BottleneckModel as BottleneckModel
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
     from .tuners.lora import LoraRuntimeConfig as LoraRuntimeConfig

@@ -69,6 +69,7 @@ class PeftType(str, enum.Enum):
     SHADOW = "SHADOW"
     SUPERTUNING = "SUPERTUNING"
     DEFT = "DEFT"
+    BOTTLENECK = "BOTTLENECK"  # not among the peer's
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:

@@ -39,7 +39,10 @@ class Method:
 
 _METHODS: dict[str, Method] = {
     m.peft_type: m
-    for m in (Method("LORA", "peft.tuners.lora", "LoraConfig", "LoraModel"),)
+    for m in (
+        Method("LORA", "peft.tuners.lora", "LoraConfig", "LoraModel"),
+        Method("BOTTLENECK", "peft.tuners.bottleneck", "BottleneckConfig", "BottleneckModel"),
+    )
 }  # fmt: skip
 
 

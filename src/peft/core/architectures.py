@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -302,18 +302,19 @@ def default_targets(model_type: str, role: str) -> list[str] | str | None:
     return list(targets) if isinstance(targets, tuple) else targets
 
 
-def closest_model_types(model_type: str, count: int = 3) -> list[str]:
+def closest_model_types(model_type: str, count: int = 3, known: Iterable[str] | None = None) -> list[str]:
     """Types in the table whose names are similar, the most similar first.
 
     Args:
         model_type: A type that is not in the table.
         count: How many to name at most.
+        known: The types to choose from; those of the table when not given.
     """
 
     def plain(name: str) -> str:
         return name.lower().replace("-", "_")
 
-    by_plain = {plain(name): name for name in DEFAULTS}
+    by_plain = {plain(name): name for name in (DEFAULTS if known is None else known)}
     wanted = plain(model_type)
     if not wanted:
         return []

@@ -152,6 +152,11 @@ class BaseTunerLayer(nn.Module):
         raise NotImplementedError
 
     @property
+    def is_attached(self) -> bool:
+        """Whether this is a further child of a block that it works on, and stands for no module of the base model."""
+        return False
+
+    @property
     def weight(self) -> Any:
         """The base layer's weight; some models read it directly."""
         return self.get_base_layer().weight

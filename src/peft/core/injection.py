@@ -25,7 +25,6 @@ from .targets import (
     base_modules,
     check_supported,
     find_targets,
-    resolve_defaults,
     shortest_names,
 )
 
@@ -43,6 +42,7 @@ class _Placement:
     layer: AdapterLayer
     is_new: bool
     parts: Parts
+    source: str | None
 
 
 def inject(
@@ -83,12 +83,14 @@ def inject(
         names = getattr(config, "modules_to_save", None)
         heads = find_modules_to_save(model, list(names)) if names else {}
         if state_dict is None:
-            targets = resolve_defaults(config, model, tuner_cls.default_role)
+            targets = tuner_cls.find_defaults(config, model)
             places = find_targets(model, config, targets)
         else:
             places, targets = _places_of_state_dict(model, tuner_cls, state_dict), config.target_modules
         places = _outside_heads(places, heads)
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        filtered = config.target_modules is None and getattr(config, "layers_to_transform", None) is not None
+        if isinstance(targets, str) and (targets.lower() == ALL_LINEAR or filtered):
+            # Names say it all; a configuration cannot have both an expression and a choice of layers.
             targets = shortest_names(places, base_modules(model))
         placements = _build(model, config, tuner_cls, places, on_meta)
         _check_patterns(config, places)
@@ -101,10 +103,14 @@ def inject(
     config.target_modules = targets
     active = next((m.active_adapters for _, m in adapted_modules(model)), [adapter_name])
     for place in placements:
-        if place.is_new:
+        if place.is_new and place.layer.is_attached:
+            place.layer.attachment.attach()
+        elif place.is_new:
             _replace(model, place.name, place.layer)
         _join(place.layer, shared, active)
-        place.layer.install(adapter_name, place.parts)
+        place.layer.install(adapter_name, place.parts, placements[0].layer)
+        if place.source is not None:
+            place.layer.attachment.watch(adapter_name, place.source, model.get_submodule(place.source))
     for name, module in heads.items():
         wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
         if wrapper is not module:
@@ -171,9 +177,10 @@ def _build(
     model: nn.Module, config: Any, tuner_cls: type[BaseTuner], places: dict[str, nn.Module], on_meta: bool
 ) -> list[_Placement]:
     placements = []
+    modules = base_modules(model)
     for name, module in places.items():
         parent = model.get_submodule(name.rpartition(".")[0])
-        check_supported(name, module, parent)
+        check_supported(name, module, parent, tuner_cls.layer_cls.attached_as is not None)
         layer = _layer_on(module, tuner_cls.layer_cls)
         is_new = layer is None
         try:
@@ -183,14 +190,20 @@ def _build(
             if layer.why_no_merge is None and layer.merged:
                 raise PeftError("other adapters are merged into it; call unmerge_adapter() first")
             parts = layer.build(config, name, "meta" if on_meta else None)
+            source = layer.input_of(config, name)
+            if source is not None and source not in modules:
+                raise PeftError(f"it should read the input of {source!r}, which the model does not have")
         except (ValueError, NotImplementedError, PeftError) as error:
             raise type(error)(f"Cannot adapt {name!r}: {error}") from error
-        placements.append(_Placement(name, layer, is_new, parts))
+        placements.append(_Placement(name, layer, is_new, parts, source))
     return placements
 
 
 def _layer_on(module: nn.Module, layer_cls: type[AdapterLayer]) -> AdapterLayer | None:
     """The layer of this method among those that wrap one another at a place."""
+    attached = module._modules.get(layer_cls.attached_as) if layer_cls.attached_as is not None else None
+    if isinstance(attached, layer_cls):
+        return attached
     while isinstance(module, BaseTunerLayer):
         if isinstance(module, layer_cls):
             return module
@@ -250,9 +263,10 @@ def _copy(module: nn.Module, on_meta: bool) -> nn.Module:
 def _places_of_state_dict(
     model: nn.Module, tuner_cls: type[BaseTuner], state_dict: Mapping[str, Any]
 ) -> dict[str, nn.Module]:
-    modules = base_modules(model)
-    slots = "|".join(re.escape(s) for s in tuner_cls.layer_cls.adapter_layer_names)
-    names = {re.sub(rf"\.({slots})(\..*)?$", "", k) for k in state_dict if re.search(rf"\.({slots})(\.|$)", k)}
+    modules, cls = base_modules(model), tuner_cls.layer_cls
+    slots = "|".join(re.escape(s) for s in cls.adapter_layer_names)
+    found = rf"\.(?:{re.escape(cls.attached_as)}\.)?({slots})(\..*)?$" if cls.attached_as else rf"\.({slots})(\..*)?$"
+    names = {re.sub(found, "", k) for k in state_dict if re.search(found, k)}
     names = {n if n in modules else n.removeprefix("base_model.model.") for n in names}
     unknown = sorted(n for n in names if n not in modules)
     if unknown:

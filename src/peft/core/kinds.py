@@ -24,6 +24,12 @@ class LayerKind:
     takes_indices = False
     """Whether the layer's input is a tensor of indices, which can be neither scaled nor dropped out."""
 
+    has_matrix = True
+    """Whether the layer has a weight that can be seen as a matrix; without one only its output can be worked on."""
+
+    features_last = True
+    """Whether features are the last dimension of the layer's input and output."""
+
     is_matrix_product = False
     """Whether the layer computes ``x Wᵀ`` over the last dimension, so that kernels for matrices apply."""
 
@@ -208,6 +214,8 @@ class ConvKind(LayerKind):
         layer_cls: Which of them.
     """
 
+    features_last = False
+
     def __init__(self, layer_cls: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]) -> None:
         self.layer_cls = layer_cls
         self.name = layer_cls.__name__
@@ -307,6 +315,46 @@ class OpaqueLinearKind(LayerKind):
         return f"its weight is no plain float matrix but {dtype} (quantised?); dequantise the model first"
 
 
+class ModuleKind(LayerKind):
+    """Any other module, a norm or a whole block, seen by its output alone: (…, width), or a tuple that begins with it."""
+
+    name = "module"
+    has_matrix = False
+
+    def matches(self, layer: nn.Module) -> bool:
+        from transformers import PreTrainedModel
+
+        # A further child would run as one more step of a container; whole models give a dictionary.
+        containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention)
+        return not isinstance(layer, (*containers, PreTrainedModel))
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        width = _width(layer)
+        return width, width
+
+
+def _width(module: nn.Module) -> int:
+    """Size of the last dimension of what a module gives.
+
+    A norm has one weight for each feature. A block that begins or ends with a norm has its width; any other ends with the linear
+    layer that was registered last.
+
+    Raises:
+        ValueError: It cannot be told.
+    """
+    for layer in (module, *module.children()):
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 1:
+            return weight.shape[0]
+    for layer in reversed(list(module.modules())):
+        kind = kind_of(layer)
+        if kind is not None and kind.features_last and not kind.takes_indices:
+            return kind.shape(layer)[0]
+    raise ValueError(
+        f"it is a {type(module).__name__}, and how wide its output is cannot be told: it has neither a norm nor a linear layer"
+    )
+
+
 _KINDS: list[LayerKind] = [
     LinearKind(),
     Conv1DKind(),
@@ -318,14 +366,23 @@ _KINDS: list[LayerKind] = [
 ]
 
 
+_MODULE = ModuleKind()
+
+
 def register_kind(kind: LayerKind) -> None:
     """Support one more kind of layer, in every method. Later registrations are asked first."""
     _KINDS.insert(0, kind)
 
 
-def kind_of(layer: nn.Module) -> LayerKind | None:
-    """The kind of a layer, or ``None`` where it is not supported."""
-    return next((kind for kind in _KINDS if kind.matches(layer)), None)
+def kind_of(layer: nn.Module, any_module: bool = False) -> LayerKind | None:
+    """The kind of a layer, or ``None`` where it is not supported.
+
+    Args:
+        layer: The layer.
+        any_module: Whether modules without a matrix will do.
+    """
+    kinds = [*_KINDS, _MODULE] if any_module else _KINDS
+    return next((kind for kind in kinds if kind.matches(layer)), None)
 
 
 def supported_kinds() -> list[str]:

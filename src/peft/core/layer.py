@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import merging
+from .blocks import Attachment
 from .holder import BaseTunerLayer
 from .kinds import LayerKind, kind_of
 from .mixed import by_rows
@@ -36,10 +37,13 @@ class Parts:
 
 
 class AdapterLayer(BaseTunerLayer):
-    """A layer with adapters of one weight method on it.
+    """A layer with adapters of one method on it.
+
+    It takes the place of the layer that it adapts. A block of several layers keeps its place, since what is inside keeps its names
+    then: the adapted layer joins it as one more child and works on what the block gives.
 
     Args:
-        base_layer: The layer to adapt, or another adapted layer.
+        base_layer: The layer to adapt, another adapted layer, or for methods with ``attached_as`` any module.
 
     Raises:
         ValueError: The base layer is of no supported kind.
@@ -54,17 +58,28 @@ class AdapterLayer(BaseTunerLayer):
     """Why the method cannot be merged, where it cannot; of a class, or of one layer."""
     delta_depends_on_weight: ClassVar[bool] = False
     """Whether ΔW is a function of the weight that it is added to."""
+    shared_slots: ClassVar[tuple[str, ...]] = ()
+    """Those of ``parameter_slots`` with one parameter for all layers of an adapter: the first layer holds it."""
+    attached_as: ClassVar[str | None] = None
+    """What the layer is called among the children of a block that it adapts. ``None``: the method works on the weight as a matrix,
+    and so on single layers only."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        kind = kind_of(self.get_base_layer())
+        base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        kind = kind_of(base, self.attached_as is not None)
         if kind is None:
             raise ValueError(f"{type(self).__name__} cannot adapt a layer of type {type(base_layer).__name__}.")
         self.kind: LayerKind = kind
+        self.attachment = Attachment(self)
+        if not kind.has_matrix and any(True for _ in base.children()):
+            self.attachment.block = base
+        else:
+            self.base_layer = base_layer
         self.out_features, self.in_features = kind.features(self.get_base_layer())
         self.matrix_shape = kind.shape(self.get_base_layer())
         self.cast_input_dtype_enabled = True
+        self._first: dict[str, AdapterLayer] = {}
         for slot in self.linear_slots:
             setattr(self, slot, nn.ModuleDict())
         for slot in self.parameter_slots:
@@ -105,6 +120,15 @@ class AdapterLayer(BaseTunerLayer):
             weight: The weight that it is added to, where ``delta_depends_on_weight``.
         """
         raise NotImplementedError
+
+    def input_of(self, config: Any, target: str) -> str | None:
+        """Name of a module that runs earlier and whose input ``after`` gets as ``x``; ``None``: the base layer's own.
+
+        Args:
+            config: The adapter's configuration.
+            target: Full name of the adapted module.
+        """
+        return None
 
     def delta_bias(self, name: str, bias: torch.Tensor) -> torch.Tensor | None:
         """What merging adds to the bias, shape (out_features,); ``None``: nothing."""
@@ -156,16 +180,28 @@ class AdapterLayer(BaseTunerLayer):
         base_input = x
         for name in names:
             base_input = self.before(name, base_input)
-        y = self.base_layer(base_input, *args, **kwargs)
-        dtype = y.dtype
-        for i, name in enumerate(names):
-            y = self.after(name, x, y, names[:i])
-        return y if y.dtype == dtype else y.to(dtype)
+        return self.adapted(x, self.base_layer(base_input, *args, **kwargs))
+
+    def adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The output of the base layer, changed by the live adapters, or by that of each row in a mixed batch.
+
+        Args:
+            x: Its input.
+            y: Its output.
+        """
+        try:
+            if self._shared.plan is not None:
+                return self._adapted_by_rows(x, y)
+            names, dtype = self.live_adapters(), y.dtype
+            for i, name in enumerate(names):
+                y = self.after(name, self.attachment.read(name, x), y, names[:i])
+            return y if y.dtype == dtype else y.to(dtype)
+        finally:
+            self.attachment.release()
 
     def _forward_mixed(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         plan = self._shared.plan
         assert plan is not None
-        where = f"a layer of type {type(self.get_base_layer()).__name__}"
         if self.merged:
             raise ValueError("`adapter_names` cannot be used while adapters are merged: call unmerge_adapter() first.")
         if not any(self.has_adapter(name) for name in plan.names):
@@ -179,15 +215,32 @@ class AdapterLayer(BaseTunerLayer):
             return self.before(name, part) if self.has_adapter(name) else part
 
         changes_input = type(self).before is not AdapterLayer.before
-        base_input = by_rows(plan, x, where, scaled) if changes_input else x
-        y = self.base_layer(base_input, *args, **kwargs)
+        base_input = by_rows(plan, x, self._where(), scaled) if changes_input else x
+        return self._adapted_by_rows(x, self.base_layer(base_input, *args, **kwargs))
 
-        def adapted(name: str, rows: torch.Tensor | None) -> torch.Tensor:
-            x_part = x if rows is None else x.index_select(0, rows)
+    def _adapted_by_rows(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        plan = self._shared.plan
+        assert plan is not None
+
+        def changed(name: str, rows: torch.Tensor | None) -> torch.Tensor:
             y_part = y if rows is None else y.index_select(0, rows)
-            return self.after(name, x_part, y_part).to(y.dtype) if self.has_adapter(name) else y_part
+            if not self.has_adapter(name):
+                return y_part
+            read = self.attachment.read(name, x)
+            return self.after(name, read if rows is None else read.index_select(0, rows), y_part).to(y.dtype)
 
-        return by_rows(plan, x, where, adapted)
+        return by_rows(plan, x, self._where(), changed)
+
+    def _where(self) -> str:
+        return f"a layer of type {type(self.get_base_layer()).__name__}"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the layer does what its base layer does, since it is switched off or no adapter in use is on it."""
+        if self._disable_adapters:
+            return True
+        plan = self._shared.plan
+        return not (self.live_adapters() if plan is None else any(self.has_adapter(n) for n in plan.names))
 
     def live_adapters(self) -> list[str]:
         """The adapters that forward applies: active, on this layer, and not merged."""
@@ -197,7 +250,7 @@ class AdapterLayer(BaseTunerLayer):
 
     def cast_input(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The input in the adapter's dtype. Indices stay as they are, and so does everything under autocast."""
-        if not self.cast_input_dtype_enabled or self.kind.takes_indices or x.dtype == dtype:
+        if not self.cast_input_dtype_enabled or not x.is_floating_point() or x.dtype == dtype:
             return x
         if torch.is_autocast_enabled(x.device.type):
             return x
@@ -208,19 +261,28 @@ class AdapterLayer(BaseTunerLayer):
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
+    @property
+    def is_attached(self) -> bool:
+        return self.attachment.block is not None
+
     def get_base_layer(self) -> nn.Module:
+        if self.attachment.block is not None:
+            return self.attachment.block
         base: Any = self.base_layer
         while isinstance(base, BaseTunerLayer):
             base = base.base_layer
         return base
 
     def matrix(self, names: Iterable[str]) -> torch.Tensor:
-        """The weight as a matrix with adapters of this layer added, and all live ones of layers below."""
+        """The weight as a matrix with adapters of this layer added, and all live ones of layers below.
+
+        Adapters that have no ΔW are left out.
+        """
         if isinstance(self.base_layer, AdapterLayer):
             weight = self.base_layer.matrix(self.base_layer.live_adapters())
         else:
             weight = self.kind.to_matrix(self.base_layer, self.weight)
-        for name in names:
+        for name in names if self.why_no_merge is None else ():
             weight = weight + self.delta(name, weight)
         return weight
 
@@ -256,13 +318,23 @@ class AdapterLayer(BaseTunerLayer):
             self.start(tensors, config, settings)
         return Parts(settings, {s: t.to(device=base_device, dtype=dtype) for s, t in tensors.items()})
 
-    def install(self, name: str, parts: Parts) -> None:
-        """Add an adapter made by :meth:`build`; it is frozen until it is activated."""
+    def install(self, name: str, parts: Parts, first: AdapterLayer | None = None) -> None:
+        """Add an adapter made by :meth:`build`; it is frozen until it is activated.
+
+        Args:
+            name: The adapter.
+            parts: Its parts.
+            first: The layer that holds what its layers share; this one when not given.
+        """
+        if first is not None and first is not self:
+            self._first[name] = first
         for attribute, value in parts.values.items():
             if isinstance(value, nn.Module):
                 value.train(self.training)
             getattr(self, attribute)[name] = value
         for slot, tensor in parts.tensors.items():
+            if slot in self.shared_slots and name in self._first:
+                continue
             if slot in self.linear_slots:
                 module = self.kind.factor(self.get_base_layer(), tensor, inner=slot == self.linear_slots[0])
                 module.requires_grad_(False)
@@ -270,6 +342,15 @@ class AdapterLayer(BaseTunerLayer):
                 getattr(self, slot)[name] = module
             else:
                 getattr(self, slot)[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def shared(self, slot: str, name: str) -> nn.Parameter:
+        """The parameter of one of ``shared_slots``, wherever it is held."""
+        return getattr(self._first.get(name, self), slot)[name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._first.pop(adapter_name, None)
+        self.attachment.forget(adapter_name)
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Device of the base weight and its dtype; float32 where the weight is no plain float tensor."""
@@ -284,6 +365,11 @@ class AdapterLayer(BaseTunerLayer):
 
     def why_not_mergeable(self) -> str | None:
         """Why nothing can be merged here, or ``None`` where it can."""
+        below: Any = self.base_layer if self.why_no_merge is None else None
+        while isinstance(below, AdapterLayer):
+            if below.why_no_merge is not None and not below.is_idle:
+                return f"an adapter between it and the weight, a {type(below).__name__}, cannot be merged"
+            below = below.base_layer
         return self.why_no_merge or self.kind.why_not_mergeable(self.get_base_layer())
 
     def merge(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
-from .architectures import closest_model_types, default_targets, model_types_of
+from .architectures import DEFAULTS, Targets, closest_model_types, model_types_of
 from .errors import NoMatchingPeftModuleError, did_you_mean, doubt, shorten
 from .holder import BaseTunerLayer
 from .kinds import kind_of, supported_kinds
@@ -17,23 +17,26 @@ ALL_LINEAR = "all-linear"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
-def resolve_defaults(config: Any, model: nn.Module, role: str) -> set[str] | str:
+def resolve_defaults(
+    config: Any, model: nn.Module, look_up: Callable[[str], Targets | list[str] | None], known: Iterable[str] = DEFAULTS
+) -> set[str] | str:
     """The configured targets, or those that the model's type has by default.
 
     Args:
         config: Configuration with ``target_modules``.
         model: The base model.
-        role: Which column of the table of defaults the method uses.
+        look_up: The method's defaults for a model type, or ``None``.
+        known: The types that it knows, for the message.
 
     Raises:
-        ValueError: No targets are configured, and the model's type is not in the table.
+        ValueError: No targets are configured, and the model's type is not known.
     """
     if config.target_modules is not None:
         return config.target_modules
     model_config = getattr(model, "config", None)
     candidates = model_types_of(model_config) if model_config is not None else []
     for model_type in candidates:
-        targets = default_targets(model_type, role)
+        targets = look_up(model_type)
         if targets is not None:
             if model_type != candidates[0]:
                 doubt(
@@ -46,7 +49,7 @@ def resolve_defaults(config: Any, model: nn.Module, role: str) -> set[str] | str
             f"Please specify `target_modules` in `peft_config`: the model, a {type(model).__name__}, has no config.model_type "
             "to look up defaults for. Name the modules to adapt, or use 'all-linear'."
         )
-    close = closest_model_types(candidates[0])
+    close = closest_model_types(candidates[0], known=known)
     hint = f" Known types with a similar name: {shorten(close)}." if close else ""
     raise ValueError(
         f"Please specify `target_modules` in `peft_config`: no default is known for models of type {candidates[0]!r}.{hint} "
@@ -128,7 +131,10 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, BaseTunerLayer):
             continue
         for child_name, child in reversed(module._modules.items()):
-            if child is not None and child_name != "parametrizations":  # which torch adds, to compute weights
+            attached = isinstance(child, BaseTunerLayer) and child.is_attached
+            if (
+                child is not None and not attached and child_name != "parametrizations"
+            ):  # which torch adds, to compute weights
                 stack.append((f"{name}.{child_name}" if name else child_name, child))
     return modules
 
@@ -180,14 +186,20 @@ def last_names(modules: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(last for name in modules if not (last := name.rsplit(".", 1)[-1]).isdigit()))
 
 
-def check_supported(name: str, module: nn.Module, parent: nn.Module) -> None:
+def check_supported(name: str, module: nn.Module, parent: nn.Module, any_module: bool = False) -> None:
     """Refuse a target that cannot be adapted.
+
+    Args:
+        name: Its name.
+        module: The target.
+        parent: The module that it is a child of.
+        any_module: Whether the method also works on modules without a matrix.
 
     Raises:
         ValueError: The layer's kind is not supported, or its parent would pass over the adapter.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if kind_of(base) is None:
+    if kind_of(base, any_module) is None:
         raise ValueError(
             f"Target module {name!r} is a {type(base).__name__}, which cannot be adapted. Supported kinds of layers: "
             f"{', '.join(supported_kinds())}. Name the layers inside it, or leave it out with `exclude_modules`."
@@ -210,10 +222,11 @@ def _layer_filter(config: Any) -> Any:
     regexes = [rf".*\.{p}\.(\d+)\." for p in patterns] or [r".*\.[^.]*\.(\d+)\."]
 
     def inside(name: str) -> bool:
-        for regex in regexes:
-            # A leading dot lets patterns match at the start of the name too.
-            if (found := re.match(regex, f".{name}")) is not None:
-                return int(found.group(1)) in wanted
+        # A leading dot lets patterns match at the start of the name too, and one at the end the layer itself.
+        for padded in (f".{name}", f".{name}."):
+            for regex in regexes:
+                if (found := re.match(regex, padded)) is not None:
+                    return int(found.group(1)) in wanted
         return False
 
     return inside
@@ -243,9 +256,8 @@ def _nothing_message(
             if kind_of(m.get_base_layer() if isinstance(m, BaseTunerLayer) else m) is not None
         )
     )
-    hints = "".join(
-        did_you_mean(t.rsplit(".", 1)[-1], candidates) for t in ([] if isinstance(targets, str) else targets)
-    )
+    last = [t.rsplit(".", 1)[-1] for t in ([] if isinstance(targets, str) else targets)]
+    hints = "".join(did_you_mean(t, candidates) or did_you_mean(t, last_names(modules)) for t in last)
     return (
         f"Target modules {asked} not found in the base model{hints}. Please check the target modules and try again. "
         f"Modules that can be adapted here: {shorten(candidates, 20)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,12 +12,14 @@ import torch
 from torch import nn
 
 from . import activation, merging
+from .architectures import default_targets
 from .errors import PeftWarning, shorten
 from .extra_modules import ModulesToSaveWrapper
 from .holder import BaseTunerLayer, adapted_modules, require_adapters
 from .injection import cast_adapter_dtype, inject
 from .layer import AdapterLayer
 from .replication import restore
+from .targets import resolve_defaults
 
 
 class BaseTuner(nn.Module):
@@ -64,6 +67,15 @@ class BaseTuner(nn.Module):
         Raises:
             ValueError: Or ``NotImplementedError``, with the reason.
         """
+
+    @classmethod
+    def find_defaults(cls, config: Any, model: nn.Module) -> set[str] | str:
+        """The configured targets, or the method's defaults for the model's type. May fill in other fields that depend on it.
+
+        Raises:
+            ValueError: No targets are configured, and there are no defaults for the model.
+        """
+        return resolve_defaults(config, model, functools.partial(default_targets, role=cls.default_role))
 
     @classmethod
     def make_layer(cls, base_layer: nn.Module, config: Any) -> AdapterLayer:
@@ -197,6 +209,10 @@ class BaseTuner(nn.Module):
         for name, layer in tqdm(
             places, disable=not progressbar, desc="Unloading" if not names else "Merging and unloading"
         ):
+            if isinstance(layer, AdapterLayer):
+                layer.attachment.detach()
+            if layer.is_attached:
+                continue
             base = layer.get_base_layer()
             if isinstance(layer, ModulesToSaveWrapper):
                 base = next((layer.modules_to_save[n] for n in names if n in layer.modules_to_save), base)
