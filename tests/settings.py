@@ -56,7 +56,10 @@ SETTINGS = (
     Setting("lora", LoraConfig, second={"r": 4, "lora_alpha": 12}),
     Setting("rslora", lambda **kw: LoraConfig(use_rslora=True, r=6, **kw), bases=(tiny.LLAMA,)),
     Setting(
-        "bottleneck", partial(BottleneckConfig, ln_before=True), second={"reduction_factor": 4, "use_gating": True}
+        "bottleneck",
+        partial(BottleneckConfig, ln_before=True),
+        bases=(tiny.BERT, tiny.BERT_EMBEDDING, tiny.GPT2, tiny.LLAMA, tiny.T5),
+        second={"reduction_factor": 4, "use_gating": True},
     ),
     Setting(
         "houlsby",
