@@ -123,6 +123,8 @@ PATHS = {
     "peft.helpers": ["disable_input_dtype_casting", "rescale_adapter_scale", "check_if_peft_model", "update_forward_signature"],
     "peft.utils": ["ModulesToSaveWrapper", "_get_submodules", "get_peft_model_state_dict", "PeftType", "infer_device"],
     "peft.utils.other": ["AuxiliaryTrainingWrapper", "fsdp_auto_wrap_policy", "ModulesToSaveWrapper"],
+    "peft.utils.hotswap": ["hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"],
+    "peft.utils.merge_utils": ["ties", "dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "prune"],
     "peft.utils.save_and_load": ["get_peft_model_state_dict"],
     "peft.utils.transformers_weight_conversion": ["build_peft_weight_mapping"],
     "peft.tuners.tuners_utils": ["BaseTunerLayer", "BaseTuner"],

@@ -21,6 +21,7 @@ class DiagScaleConfig(WeightConfig):
 class DiagScaleLayer(AdapterLayer):
     parameter_slots = ("diag_scale",)
     delta_depends_on_weight = True
+    adds_up = True  # ΔW = diag(s) W is linear in s
 
     def shapes(self, config, settings):
         return {"diag_scale": (self.out_features,)}

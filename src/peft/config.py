@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.utils import PushToHubMixin
 
@@ -129,6 +129,8 @@ class PeftConfig(PushToHubMixin):
     _optional_keys = ("num_labels", "id2label", "problem_type")
     # Never written.
     _transient_keys = ("runtime_config",)
+    # Fields in which adapters must agree to take each other's place while in use; None: they cannot.
+    swap_keys: ClassVar[tuple[str, ...] | None] = None
 
     def __post_init__(self) -> None:
         if self.task_type is not None and str(getattr(self.task_type, "value", self.task_type)) not in set(TaskType):

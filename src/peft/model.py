@@ -539,6 +539,11 @@ class PeftMixedModel(PeftModel):
     Every :class:`PeftModel` can hold adapters of several weight methods; this class exists because callers ask for it by name.
     """
 
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the active adapters."""
+        return self.active_adapters
+
 
 def _refuse_offload(ephemeral_gpu_offload: bool) -> None:
     if ephemeral_gpu_offload:

@@ -6,7 +6,7 @@ It runs as a process of its own that reads one JSON request a line and answers e
 
 ``create`` makes a case's adapters and saves them, ``load`` reads a saved folder back; both write what they saw to
 ``out`` as ``record.json`` and ``record.safetensors``. ``surface`` describes public names, ``mistakes`` reports what
-wrong calls raise.
+wrong calls raise, ``combine`` and ``merge_utils`` what combining gives.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import transformers
 from cases import BASES, CASES
+from oracle_combining import combined, on_tensors
 from oracle_mistakes import mistakes
 from oracle_models import build_base, make_config, make_inputs, numbers
 from oracle_names import describe_error, plain, surface
@@ -510,6 +511,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {**versions, "file": peft.__file__, "python": sys.executable}
     if operation == "surface":
         return surface(request["names"])
+    if operation == "combine":
+        return combined(**request)
+    if operation == "merge_utils":
+        return on_tensors()
     if operation == "mistakes":
         return mistakes(**request)
     name = request.pop("case")

@@ -39,6 +39,20 @@ FUNCTIONS = (
     "peft.utils.set_peft_model_state_dict",
     "peft.utils.other.fsdp_auto_wrap_policy",
     "peft.utils.transformers_weight_conversion.build_peft_weight_mapping",
+    *(f"peft.utils.hotswap.{name}" for name in ("hotswap_adapter", "hotswap_adapter_from_state_dict")),
+    *(
+        f"peft.utils.hotswap.{name}"
+        for name in ("check_hotswap_configs_compatible", "prepare_model_for_compiled_hotswap")
+    ),
+    *(
+        f"peft.utils.merge_utils.{name}"
+        for name in ("prune", "magnitude_based_pruning", "random_pruning", "disjoint_merge")
+    ),
+    *(
+        f"peft.utils.merge_utils.{name}"
+        for name in ("task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_ties")
+    ),
+    *(f"peft.utils.merge_utils.{name}" for name in ("calculate_majority_sign_mask", "reshape_weight_task_tensors")),
 )
 
 # Class -> its members. "" is the class itself: its bases, and its fields if it is a dataclass.
@@ -77,6 +91,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "peft.PeftModelForFeatureExtraction": ("", "__init__", "forward"),
     "peft.PeftModelForCausalLM": ("", "__init__", "forward", "generate", "prepare_inputs_for_generation"),
     "peft.PeftModelForSeq2SeqLM": ("", "__init__", "forward", "generate", "prepare_inputs_for_generation"),
+    "peft.PeftMixedModel": ("", "__init__", "active_adapter", "add_adapter", "from_pretrained", "set_adapter"),
     "peft.AutoPeftModel": ("", "from_pretrained"),
     "peft.AutoPeftModelForCausalLM": ("", "from_pretrained"),
     "peft.AutoPeftModelForSeq2SeqLM": ("", "from_pretrained"),
@@ -99,6 +114,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "peft.LoraModel": (
         "",
         "active_adapters",
+        "add_weighted_adapter",
         "delete_adapter",
         "disable_adapter_layers",
         "enable_adapter_layers",

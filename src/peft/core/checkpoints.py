@@ -272,7 +272,7 @@ def _plan(
     problems, dtypes = [], []
     found = set()
     for key, tensor in tensors.items():
-        file_key = _placed(key, places) or _placed(key, base_weights)
+        file_key = placed(key, places) or placed(key, base_weights)
         if file_key is None and _is_leftover(key):
             continue
         if file_key is None:
@@ -308,7 +308,7 @@ def _carry_out(model: nn.Module, assignments: list[tuple[str, torch.Tensor]], ad
     _materialise(model, adapter_name)
 
 
-def _placed(key: str, places: Mapping[str, str]) -> str | None:
+def placed(key: str, places: Mapping[str, str]) -> str | None:
     """The key by which the model knows a key of a file, or ``None``."""
     bare, half = key.removeprefix(PREFIX), key.removeprefix("base_model.")
     candidates = (key, bare, half, PREFIX + key, PREFIX + half)

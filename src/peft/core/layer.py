@@ -63,6 +63,10 @@ class AdapterLayer(BaseTunerLayer):
     attached_as: ClassVar[str | None] = None
     """What the layer is called among the children of a block that it adapts. ``None``: the method works on the weight as a matrix,
     and so on single layers only."""
+    adds_up: ClassVar[bool] = False
+    """Whether a weighted sum of several adapters' parameters stands for the weighted sum of these adapters."""
+    zeros_do_nothing: ClassVar[bool] = False
+    """Whether an adapter of zeros changes nothing, nor do zeros behind its parameters in any dimension."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -342,6 +346,38 @@ class AdapterLayer(BaseTunerLayer):
                 getattr(self, slot)[name] = module
             else:
                 getattr(self, slot)[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def retune(self, name: str, settings: dict[str, Any]) -> None:
+        """Give an adapter that is in use other settings, see :meth:`settings`."""
+        for attribute, value in settings.items():
+            if isinstance(value, nn.Module):
+                value.train(self.training)
+            getattr(self, attribute)[name] = value
+
+    def make_room(self, rank: int | None, *, dry_run: bool = False) -> None:
+        """Prepare all adapters for being replaced by others up to a rank without a change that compiled code would notice.
+
+        Args:
+            rank: The rank; the adapters' own when not given.
+            dry_run: Check only.
+
+        Raises:
+            ValueError: An adapter has a larger rank.
+        """
+
+    def into_room(self, name: str, slot: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """A replacement for an adapter's parameter in a slot, in the shape that it takes in place.
+
+        Args:
+            name: The adapter.
+            slot: The slot.
+            value: The replacement, in the shape that its configuration asks for.
+            shape: That of the parameter that is there.
+
+        Raises:
+            ValueError: It does not fit.
+        """
+        return value
 
     def shared(self, slot: str, name: str) -> nn.Parameter:
         """The parameter of one of ``shared_slots``, wherever it is held."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from . import activation, merging
 from .architectures import default_targets
+from .combining import Combination, combine
 from .errors import PeftWarning, shorten
 from .extra_modules import ModulesToSaveWrapper
 from .holder import BaseTunerLayer, adapted_modules, require_adapters
@@ -118,6 +119,19 @@ class BaseTuner(nn.Module):
         require_adapters(self.model, adapter_name, self.peft_config)
         activation.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter that stands for the weighted sum of others; it is inactive until :meth:`set_adapter`.
+
+        Args:
+            adapters: Names of the adapters.
+            weights: A weight for each.
+            adapter_name: Name of the new adapter.
+
+        Raises:
+            ValueError: Unknown names, or the method's adapters cannot be added up. The model is as it was.
+        """
+        combine(self.model, adapters, weights, adapter_name, Combination())
 
     def enable_adapter_layers(self) -> None:
         """Switch adapters on."""

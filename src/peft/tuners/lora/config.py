@@ -98,6 +98,8 @@ class LoraConfig(WeightConfig):
         "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
     )  # fmt: skip
 
+    swap_keys = ("use_dora", "lora_bias", "lora_dropout", "bias")
+
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
         super().__post_init__()

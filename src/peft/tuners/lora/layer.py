@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from ...core.errors import doubt
 from ...core.layer import AdapterLayer
+from ...kernels.combining import pad_to
 from ...kernels.low_rank import add_low_rank, low_rank_linear
 from ...kernels.recompute import Memo
 
@@ -25,13 +26,14 @@ class LoraLayer(AdapterLayer):
 
     linear_slots = ("lora_A", "lora_B")
     parameter_slots = ("lora_embedding_A", "lora_embedding_B")
+    zeros_do_nothing = True
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, Any] = {}  # a number, or a tensor of one (see make_room)
         self.lora_dropout = nn.ModuleDict()
         self._start_scaling: dict[str, float] = {}
         if getattr(self.get_base_layer(), "groups", 1) > 1:
@@ -84,22 +86,22 @@ class LoraLayer(AdapterLayer):
         return self.kind.combine(self.get_base_layer(), b, a) * self.scaling[name]
 
     def after(self, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()) -> torch.Tensor:
-        a, b = self.factors(name)
+        a, b, scale = self.scaled_factors(name)
         base = self.get_base_layer()
         x = self.cast_input(x, a.dtype)
         if self.kind.is_matrix_product:
             x, rate = self._dropout(name, x)
-            return add_low_rank(y, x, a, b, self.scaling[name], rate, self._memo)
+            return add_low_rank(y, x, a, b, scale, rate, self._memo)
         if not self.kind.takes_indices:
             x = self.lora_dropout[name](x)
-        return y + self.kind.mix(base, self.kind.product(base, x, a), b) * self.scaling[name]
+        return y + self.kind.mix(base, self.kind.product(base, x, a), b) * scale
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-        a, b = self.factors(name)
+        a, b, scale = self.scaled_factors(name)
         if not (x.dtype == weight.dtype == a.dtype == b.dtype):
             return None
         dropped, rate = self._dropout(name, x)
-        return low_rank_linear(x, weight, bias, a, b, self.scaling[name], rate, self._memo) if dropped is x else None
+        return low_rank_linear(x, weight, bias, a, b, scale, rate, self._memo) if dropped is x else None
 
     def _dropout(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         """The adapter's input and the rate at which the kernel is to drop it; a user's own module is applied here."""
@@ -116,6 +118,12 @@ class LoraLayer(AdapterLayer):
             return self.lora_embedding_A[name], self.lora_embedding_B[name]
         return self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
 
+    def scaled_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A, B and the factor of their product; a scale kept as a tensor (see :meth:`make_room`) is in B already."""
+        a, b = self.factors(name)
+        scale = self.scaling[name]
+        return (a, b * scale, 1.0) if isinstance(scale, torch.Tensor) else (a, b, scale)
+
     def _slots(self) -> tuple[str, str]:
         return ("lora_embedding_A", "lora_embedding_B") if self.kind.takes_indices else ("lora_A", "lora_B")
 
@@ -124,7 +132,7 @@ class LoraLayer(AdapterLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scaling to ``scale`` times what its configuration says; absent adapters are passed over."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._configured_scaling(adapter)
+            self.rescale(adapter, scale * self._configured_scaling(adapter))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of all active adapters."""
@@ -132,17 +140,78 @@ class LoraLayer(AdapterLayer):
             for name in self.active_adapters:
                 if name in self.scaling:
                     self._configured_scaling(name)
-                    self.scaling[name] *= scale
+                    self.rescale(name, float(self.scaling[name]) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of all active adapters, or set it back to what the configuration says."""
         for name in self.active_adapters:
             if name in self.scaling:
                 configured = self._configured_scaling(name)
-                self.scaling[name] = configured if scale is None else self.scaling[name] / scale
+                self.rescale(name, configured if scale is None else float(self.scaling[name]) / scale)
+
+    def rescale(self, name: str, scaling: float) -> None:
+        """Set an adapter's scaling; where it is kept as a tensor, in place."""
+        if isinstance(self.scaling[name], torch.Tensor):
+            self.scaling[name].fill_(scaling)
+        else:
+            self.scaling[name] = scaling
 
     def _configured_scaling(self, name: str) -> float:
-        return self._start_scaling.setdefault(name, self.scaling[name])
+        return self._start_scaling.setdefault(name, float(self.scaling[name]))
+
+    # -- being replaced while in use -------------------------------------------------------------------------------
+
+    def retune(self, name: str, settings: dict[str, Any]) -> None:
+        # The dropout module stays: compiled code knows it, and configurations that may replace one another agree in it.
+        self.r[name], self.lora_alpha[name] = settings["r"], settings["lora_alpha"]
+        self.rescale(name, settings["scaling"])
+        self._start_scaling.pop(name, None)
+
+    def make_room(self, rank: int | None, *, dry_run: bool = False) -> None:
+        for name in self.adapter_names():
+            a, b = (self.get_parameter(self._key(slot, name)) for slot in self._slots())
+            wide = a.shape[0] if rank is None else rank
+            if wide < a.shape[0]:
+                raise ValueError(
+                    f"target_rank={rank} is smaller than the rank {a.shape[0]} of adapter {name!r}. Give the largest rank of all "
+                    "adapters to come."
+                )
+            for tensor, shape in zip((a, b), self.kind.factor_shapes(self.get_base_layer(), wide), strict=True):
+                if not dry_run:
+                    tensor.data = _with_room(tensor.data, shape, self._groups(name) if tensor is a else 1)
+            if not dry_run:
+                # A number would be a constant of compiled code; a tensor is an input.
+                self.scaling[name] = torch.tensor(float(self.scaling[name]), device=a.device, dtype=a.dtype)
+
+    def into_room(self, name: str, slot: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        if slot not in self._slots() or not isinstance(self.scaling[name], torch.Tensor):
+            return value  # nothing is compiled: the parameter takes the new shape
+        if any(new > old for new, old in zip(value.shape, shape, strict=True)):
+            raise ValueError(
+                f"The new adapter's rank does not fit: {tuple(value.shape)} into {tuple(shape)}. Give "
+                "prepare_model_for_compiled_hotswap a target_rank as large as the largest rank to come."
+            )
+        return _with_room(value, shape, self._groups(name) if slot == self._slots()[0] else 1)
+
+    def adapter_tensors(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        # Room for larger ranks is no part of the adapter.
+        a_slot, b_slot = self._slots()
+        for file_key, own_key, tensor in super().adapter_tensors(name):
+            if isinstance(self.scaling.get(name), torch.Tensor):
+                groups = self._groups(name)
+                if own_key == self._key(a_slot, name):
+                    tensor = tensor.unflatten(0, (groups, -1))[:, : self.r[name] // groups].flatten(0, 1)
+                elif own_key == self._key(b_slot, name):
+                    tensor = tensor[:, : self.r[name] // groups]
+            yield file_key, own_key, tensor
+
+    def _groups(self, name: str) -> int:
+        """Into how many groups A's rows fall, for B's rows to read one each: more than one on grouped convolutions."""
+        a, b = (self.get_parameter(self._key(slot, name)) for slot in self._slots())
+        return a.shape[0] // b.shape[1]
+
+    def _key(self, slot: str, name: str) -> str:
+        return f"{slot}.{name}.weight" if slot in self.linear_slots else f"{slot}.{name}"
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -151,6 +220,12 @@ class LoraLayer(AdapterLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter can be written as plain LoRA: it is."""
         return True
+
+
+def _with_room(factor: torch.Tensor, shape: Sequence[int], groups: int) -> torch.Tensor:
+    """A factor filled up with zeros to a shape; its rows fall into groups that are filled up each."""
+    sizes = (groups, shape[0] // groups, *shape[1:])
+    return pad_to(factor.unflatten(0, (groups, -1)), sizes).flatten(0, 1)
 
 
 class Linear(LoraLayer):

@@ -1,0 +1,20 @@
+"""Names that other libraries import from ``peft.utils.merge_utils``; the code lies in ``peft.kernels.combining``."""
+
+from ..kernels.combining import (
+    calculate_majority_sign_mask,
+    dare_linear,
+    dare_ties,
+    disjoint_merge,
+    magnitude_based_pruning,
+    magnitude_prune,
+    prune,
+    random_pruning,
+    reshape_weight_task_tensors,
+    task_arithmetic,
+    ties,
+)
+
+__all__ = [
+    "calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_based_pruning", "magnitude_prune",
+    "prune", "random_pruning", "reshape_weight_task_tensors", "task_arithmetic", "ties",
+]  # fmt: skip
