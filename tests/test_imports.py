@@ -37,6 +37,10 @@ LEVELS = {
     "mapping_func": 7,
     "mixed_model": 7,
     "utils": 7,
+    "recipes": 8,
+    "cli": 9,
+    "cli_look": 9,
+    "__main__": 9,
     "": 9,
 }
 FILES = sorted(SOURCE.rglob("*.py"))

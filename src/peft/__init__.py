@@ -31,10 +31,12 @@ _PLACES = {
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 _SUBMODULES = {
     "auto", "config", "core", "functional", "helpers", "kernels", "mapping", "mapping_func", "mixed_model", "model", "peft_model",
-    "registry", "task_models", "tuners", "utils",
+    "recipes", "registry", "task_models", "tuners", "utils",
 }  # fmt: skip
 
 __all__ = sorted(_HOME)
+# Needs the extra `train`; not in __all__, so that `from peft import *` works without it.
+_HOME["finetune"] = "recipes.finetune"
 
 
 def __getattr__(name: str) -> Any:
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from .mapping import inject_adapter_in_model as inject_adapter_in_model
     from .model import PeftMixedModel as PeftMixedModel
     from .model import PeftModel as PeftModel
+    from .recipes.finetune import finetune as finetune
     from .task_models import PeftModelForCausalLM as PeftModelForCausalLM
     from .task_models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
     from .task_models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering

@@ -1,0 +1,163 @@
+"""Several methods under one budget: a run for each method and seed, each in a process of its own, and the report over all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.files import write_atomically
+from .errors import RecipeError
+from .methods import learning_rate, method_info, methods
+from .recipe import Recipe, as_recipe, read_recipe
+from .report import COMPARISON_FILE, table_rows, write_report
+from .runs import METRICS_FILE, RECIPE_FILE
+
+Tell = Callable[[str], None]
+SEARCH = (1 / 3, 1.0, 3.0)
+"""What a method's learning rate is multiplied by in a search."""
+
+
+def compare(
+    recipe: Any,
+    names: Sequence[str],
+    *overrides: str,
+    seeds: int = 1,
+    out: Path | None = None,
+    search: bool = False,
+    train_only: bool = False,
+    tell: Tell = print,
+) -> dict[str, Any]:
+    """Train with several methods and seeds, and write the report. What is there already is not done again.
+
+    Args:
+        recipe: A recipe, as :func:`~peft.finetune` takes it.
+        names: Of the methods; all that are built when empty.
+        *overrides: ``key=value``.
+        seeds: Runs of each method: seeds ``seed``, ``seed + 1``, …
+        out: Folder of the comparison; ``runs/compare-TASK`` when not given.
+        search: Choose each method's learning rate first, by the validation rows of the first seed.
+        train_only: Do the runs and write no report: for workflows, in which several of these go on at a time.
+        tell: Called with each line for the user.
+
+    Returns:
+        What ``comparison.json`` holds.
+
+    Raises:
+        RecipeError: An unknown method, or a recipe that cannot be compared. A run that fails does not end the others.
+    """
+    recipe = as_recipe(recipe, overrides)
+    if recipe.tasks:
+        raise RecipeError("A recipe with several tasks cannot be compared: compare one task at a time.")
+    chosen = [method_info(name).name for name in names] or list(methods())
+    folder = out or Path("runs") / f"compare-{recipe.task}"
+    assert recipe.data is not None
+    comparison: dict[str, Any] = {
+        "task": recipe.task, "model": recipe.model.name, "data": str(recipe.data.train), "methods": chosen,
+        "seeds": list(range(recipe.seed, recipe.seed + seeds)), "recipe": recipe.to_yaml(), "runs": [],
+    }  # fmt: skip
+    if not train_only:
+        _claim(folder, recipe)
+    total = len(chosen) * seeds
+    for method in chosen:
+        rate = _searched(recipe, method, folder, tell) if search else None
+        for seed in comparison["seeds"]:
+            tell(f"[{len(comparison['runs']) + 1}/{total}] {method}, seed {seed}")
+            run = _run(recipe, method, seed, rate, folder / f"{method}-{seed}")
+            comparison["runs"].append(run)
+            tell(f"    {_outcome(run)}")
+            if not train_only:
+                write_atomically(folder, {COMPARISON_FILE: json.dumps(comparison, default=float).encode()})
+    if not train_only:
+        write_report(folder)
+    return comparison
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    """Make the folder this comparison's; refuse one that is another's."""
+    path = folder / RECIPE_FILE
+    same = {"seed", "out"}
+    if path.exists() and read_recipe(path).model_dump(exclude=same) != recipe.model_dump(exclude=same):
+        raise RecipeError(
+            f"{folder} holds a comparison by another recipe. Choose another folder with --out, or remove it."
+        )
+    write_atomically(folder, {RECIPE_FILE: recipe.to_yaml().encode()})
+
+
+def _run(recipe: Recipe, method: str, seed: int, rate: float | None, folder: Path) -> dict[str, Any]:
+    """One run in a process of its own: its memory is its own, and what it breaks is its own."""
+    if not (folder / METRICS_FILE).exists():
+        own = method == method_info(recipe.method.name).name
+        changes = [f"seed={seed}", f"out={folder}"]
+        if not own:  # the recipe's options and rate are those of its own method
+            changes += [f"method={{name: {method}}}", "training.learning_rate=null"]
+        if rate is not None:
+            changes.append(f"training.learning_rate={rate}")
+        write_atomically(folder, {"compared.yaml": recipe.to_yaml().encode()})
+        code = _start(["train", str(folder / "compared.yaml"), *changes, "--resume"], folder / "log.txt")
+        if code in (130, -2):
+            raise KeyboardInterrupt("Stopped. The same command goes on from here.")
+        if code != 0 or not (folder / METRICS_FILE).exists():
+            lines = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
+            error = lines[-1].removeprefix("Error: ") if lines else f"ended with code {code}"
+            return {"method": method, "seed": seed, "report": None, "error": error}
+    report = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    return {"method": method, "seed": seed, "report": report, "error": None}
+
+
+def _start(arguments: list[str], log: Path) -> int:
+    """Run a command of this library in a process of its own.
+
+    Args:
+        arguments: As on the command line.
+        log: Takes what it prints.
+
+    Returns:
+        Its exit status.
+    """
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "NO_COLOR": "1", "COLUMNS": "200",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "peft", *arguments]
+    with open(log, "w", encoding="utf-8") as file:
+        streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        return subprocess.run(command, env=environment, check=False, **streams).returncode
+
+
+def _searched(recipe: Recipe, method: str, folder: Path, tell: Tell) -> float | None:
+    """The learning rate with the best validation metric among a third, one and three times the usual one."""
+    own = method == method_info(recipe.method.name).name
+    assert recipe.task is not None
+    usual = (recipe.training.learning_rate if own else None) or learning_rate(method, recipe.task)
+    found = []
+    for factor in SEARCH:
+        rate = float(f"{usual * factor:.2g}")
+        run = _run(recipe, method, recipe.seed, rate, folder / "search" / f"{method}-{rate}")
+        report = run["report"]
+        if report is None:
+            continue
+        if report["validation"] is None:
+            raise RecipeError("A search needs validation rows: set data.validation_size.")
+        value = report["validation"][report["metric"]]
+        tell(f"    {method} at {rate:.1e}: validation {report['metric']} {value:.4f}")
+        found.append((value if report["greater_is_better"] else -value, rate))
+    return max(found)[1] if found else None
+
+
+def _outcome(run: dict[str, Any]) -> str:
+    report = run["report"]
+    if report is None:
+        return f"failed: {run['error']}"
+    value = (report["test"] or report["validation"])[report["metric"]]
+    return f"{report['metric']} {value:.4f}, {report['trained_parameters']:,} parameters, {report['seconds']:.0f} s"
+
+
+def markdown(comparison: dict[str, Any]) -> str:
+    """The table of a comparison for a text."""
+    head, rows = table_rows(comparison)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,24 @@
+"""Errors of recipes, meant to be read by the person at the terminal; and the check that the extra is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+class RecipeError(ValueError):
+    """A recipe, its data or its model cannot be used as asked; the message says what, where and how to mend it."""
+
+
+def need(package: str, what: str, extra: str = "train") -> None:
+    """Refuse with the command that helps when a package of an extra is missing.
+
+    Args:
+        package: Import name.
+        what: What needs it.
+        extra: The extra of this distribution that brings it.
+
+    Raises:
+        RecipeError: The package is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise RecipeError(f"{what} needs the package {package}, which is not installed: pip install 'peft[{extra}]'.")

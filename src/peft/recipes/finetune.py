@@ -1,0 +1,263 @@
+"""The whole job: data, model, method, training, measuring, saving. ``peft train`` and :func:`peft.finetune` both end here."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PrinterCallback, ProgressCallback
+
+from ..core.files import write_atomically
+from ..core.status import count_parameters
+from . import models
+from .data import load_splits
+from .errors import RecipeError, need
+from .methods import method_info
+from .recipe import Recipe, as_recipe
+from .runs import METRICS_FILE, RECIPE_FILE, TASK_FILE, load_run, task_file
+from .tasks import TASKS, Task
+
+for _package in ("datasets", "sklearn"):
+    need(_package, "Training by recipe")
+
+from .training import (  # noqa: E402
+    Interrupted,
+    Progress,
+    RecipeTrainer,
+    evaluate,
+    last_checkpoint,
+    training_arguments,
+)
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What a run gave.
+
+    Args:
+        metrics: On the test rows, else on the validation rows.
+        report: Everything that ``metrics.json`` holds.
+        folder: Where the adapter (or model), its tokenizer, recipe and metrics are.
+        history: Losses and evaluations by step.
+    """
+
+    metrics: dict[str, float]
+    report: dict[str, Any]
+    folder: Path
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Result:
+        """The result of a finished run."""
+        report = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+        return cls(report["test"] or report["validation"] or {}, report, folder, report["history"])
+
+    def load(self) -> tuple[Any, Task]:
+        """The trained model and its task."""
+        return load_run(self.folder)
+
+
+def finetune(
+    recipe: Recipe | dict[str, Any] | str | os.PathLike,
+    *overrides: str,
+    resume: bool = False,
+    overwrite: bool = False,
+    tell: Tell | None = print,
+    advance: Callable[[int, int, float], None] | None = None,
+) -> Result:
+    """Train by a recipe, measure, and save.
+
+    Args:
+        recipe: A :class:`~peft.recipes.recipe.Recipe`, a dictionary like one, or the path of a YAML file.
+        *overrides: ``key=value``, as on the command line.
+        resume: Go on from the last checkpoint, if there is one; a finished run is read and returned.
+        overwrite: Replace an earlier run in the same folder.
+        tell: Called with each line for the user; ``None``: say nothing.
+        advance: Called after each step with the step, the number of steps and the last loss.
+
+    Returns:
+        Metrics, history and the folder. For a recipe with ``tasks``, those of all tasks together.
+
+    Raises:
+        RecipeError: The recipe, the data or the model cannot be used as asked.
+    """
+    recipe = as_recipe(recipe, overrides)
+    main = int(os.environ.get("RANK", "0")) == 0
+    say = tell if tell is not None and main else (lambda line: None)
+    if recipe.tasks:
+        from .multitask import finetune_tasks
+
+        return finetune_tasks(recipe, resume=resume, overwrite=overwrite, tell=say, advance=advance)
+    return _finetune_one(recipe, resume, overwrite, say, advance, main)
+
+
+def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, advance: Any, main: bool) -> Result:
+    folder = recipe.folder
+    checkpoint = _look_at(folder, recipe, resume, overwrite, main)
+    if isinstance(checkpoint, Result):
+        say(f"{folder} holds the finished run already.")
+        return checkpoint
+    torch.manual_seed(recipe.seed)
+    task, splits, tokenizer, model = prepare(recipe, say)
+    encoded = {
+        s: task.encode(getattr(splits, s), w)
+        for s, w in (("train", "training"), ("validation", "validation"), ("test", "test"))
+    }
+    for note in task.notes:
+        say(note)
+    trained, total = count_parameters(model)
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    say(f"Method {recipe.method.name} on {place}: {trained:,} of {total:,} parameters train ({trained / total:.2%}).")
+
+    checkpoints = folder / "checkpoints"
+    if main:
+        write_atomically(checkpoints, {RECIPE_FILE: recipe.to_yaml().encode()})
+    args = training_arguments(recipe, checkpoints, task.name, len(encoded["train"]), bool(splits.validation))
+    progress = Progress(say, advance)
+    trainer = RecipeTrainer(
+        task=task, recipe=recipe, features=encoded["train"], validation=(splits.validation, encoded["validation"]),
+        model=model, args=args, callbacks=[progress], processing_class=tokenizer,
+    )  # fmt: skip
+    for callback in (PrinterCallback, ProgressCallback):  # what they print is said by `progress`
+        trainer.remove_callback(callback)
+    progress.catch_up = trainer.catch_up
+    start = time.perf_counter()
+    if checkpoint is not None:
+        say(f"Going on from {checkpoint}.")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    seconds = time.perf_counter() - start
+    if progress.stopped:
+        raise Interrupted(
+            f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}. `--resume` goes on from there."
+        )
+    if recipe.training.keep_best:
+        trainer.load_best()
+
+    found = {
+        s: evaluate(trainer.model, task, getattr(splits, s), encoded[s], recipe.training.eval_batch_size)
+        if encoded[s]
+        else None
+        for s in ("validation", "test")
+    }
+    _save(trainer, folder, main)
+    report = _report(recipe, task, trainer, progress, found, seconds, (trained, total))
+    if main:
+        tokenizer.save_pretrained(folder)
+        report["bytes"] = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        files = {TASK_FILE: json.dumps(task_file(recipe, task), indent=2), RECIPE_FILE: recipe.to_yaml()}
+        write_atomically(folder, {name: text.encode() for name, text in files.items()})
+        write_atomically(folder, {METRICS_FILE: json.dumps(report, indent=1, default=float).encode()})
+        if not recipe.training.keep_checkpoints:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    return Result(report["test"] or report["validation"] or {}, report, folder, report["history"])
+
+
+def prepare(recipe: Recipe, say: Tell) -> tuple[Task, Any, Any, Any]:
+    """Task, splits, tokenizer and model with the method in it, ready to train."""
+    assert recipe.task is not None and recipe.data is not None
+    method_info(recipe.method.name)
+    task = TASKS[recipe.task](recipe.data, recipe.generation)
+    if task.name == "causal-lm" and recipe.data.packing and models.virtual_tokens(recipe.method):
+        raise RecipeError(
+            "data.packing does not go with virtual tokens: they would belong to the first text of a row alone."
+        )
+    splits = load_splits(recipe.data, task.roles, recipe.seed, task.group, task.check)
+    task.learn(splits)
+    for note in splits.notes:
+        say(note)
+    if task.labels:
+        names = ", ".join(task.labels[:12]) + (f" and {len(task.labels) - 12} more" if len(task.labels) > 12 else "")
+        say(f"Labels: {names}.")
+    tokenizer = models.load_tokenizer(recipe.model, words=task.name == "token-classification")
+    model, notes = models.load_base(recipe.model, task, tokenizer)
+    for note in notes:
+        say(note)
+    task.prepare(tokenizer, models.longest_input(model.config, tokenizer), models.virtual_tokens(recipe.method))
+    model = models.apply_method(model, recipe.method, task)
+    return task, splits, tokenizer, model
+
+
+def _look_at(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, main: bool) -> Path | Result | None:
+    """What of an earlier run is there: a result, a checkpoint, or nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"`out` is {str(folder)!r}, which is a file. Name a folder.")
+    checkpoints = folder / "checkpoints"
+    if overwrite:
+        if main:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            (folder / METRICS_FILE).unlink(missing_ok=True)
+        return None
+    finished, begun = (folder / METRICS_FILE).exists(), any(checkpoints.glob("checkpoint-*"))
+    if not finished and not begun:
+        return None
+    if not resume:
+        what = "a finished run" if finished else "a run that was not finished: --resume goes on with it"
+        raise RecipeError(f"{folder} holds {what}. Choose another folder (out=…), or --overwrite it.")
+    before = yaml.safe_load(((folder if finished else checkpoints) / RECIPE_FILE).read_text(encoding="utf-8"))
+    now = recipe.dump()
+    for values in (before, now):
+        values.pop("out", None)
+    if before != now:
+        changed = sorted(k for k in {*_flat(before), *_flat(now)} if _flat(before).get(k) != _flat(now).get(k))
+        raise RecipeError(
+            f"The run in {folder} was started with another recipe: {', '.join(changed)} changed. Use the same, or --overwrite it."
+        )
+    return Result.read(folder) if finished else last_checkpoint(checkpoints)
+
+
+def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {path: values}
+    return {k: v for key, value in values.items() for k, v in _flat(value, f"{path}.{key}".lstrip(".")).items()}
+
+
+def _save(trainer: RecipeTrainer, folder: Path, main: bool) -> None:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # every process has a part
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        trainer.model.save_pretrained(folder, state_dict=state, is_main_process=main)  # type: ignore[union-attr, operator]
+    elif main:
+        trainer.model.save_pretrained(folder)  # type: ignore[union-attr, operator]
+
+
+def _report(
+    recipe: Recipe,
+    task: Task,
+    trainer: RecipeTrainer,
+    progress: Progress,
+    found: dict[str, Any],
+    seconds: float,
+    counts: Sequence[int],
+) -> dict[str, Any]:
+    from .. import __version__
+
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    )
+    details = (found["test"] or found["validation"] or {}).get("details", {})
+    numbers = {s: {k: v for k, v in f.items() if k != "details"} if f else None for s, f in found.items()}
+    steps = progress.seconds[min(2, len(progress.seconds) - 1) :]
+    return {
+        "task": task.name, "model": recipe.model.name, "method": recipe.method.name, "options": recipe.method.options, "seed": recipe.seed,
+        "metric": task.metric, "greater_is_better": task.greater_is_better, "validation": numbers["validation"], "test": numbers["test"],
+        "best": trainer.best, "trained_parameters": counts[0], "parameters": counts[1], "learning_rate": trainer.args.learning_rate,
+        "steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": round(seconds, 2),
+        "step_ms": round(1000 * statistics.median(steps), 2) if steps else None, "peak_mb": round(peak, 1), "bytes": 0,
+        "device": str(next(trainer.model.parameters()).device.type),  # type: ignore[union-attr]
+        "history": trainer.state.log_history, "details": details,
+        "versions": {"peft": __version__, "torch": torch.__version__},
+    }  # fmt: skip

@@ -1,0 +1,156 @@
+"""Which methods a recipe can name, what they start from, and which learning rate each wants for each task."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import did_you_mean
+from ..registry import get_method, registered_types
+from .errors import RecipeError
+from .recipe import MethodSection
+
+FULL, HEAD = "full", "head"
+
+# Names that stand for a method with certain fields set.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("LORA", {"use_dora": True}),
+    "rslora": ("LORA", {"use_rslora": True}),
+}
+
+# Fields that a recipe sets unless it says otherwise, where the method's configuration has them.
+START: dict[str, dict[str, Any]] = {
+    "LORA": {"r": 8, "lora_alpha": 16},
+    "LOHA": {"r": 8, "alpha": 16},
+    "LOKR": {"r": 8, "alpha": 16},
+    "PREFIX_TUNING": {"num_virtual_tokens": 20},
+    "PROMPT_TUNING": {"num_virtual_tokens": 20},
+    "P_TUNING": {"num_virtual_tokens": 20, "encoder_hidden_size": 128},
+    "P_TUNING_V2": {"num_virtual_tokens": 20},
+}
+
+LABELS, TEXT = ("sequence-classification", "token-classification", "question-answering"), ("causal-lm", "seq2seq")
+# Learning rates for tasks with a new head, and for tasks that generate.
+RATES: dict[str, tuple[float, float]] = {
+    FULL: (5e-5, 2e-5),
+    HEAD: (1e-3, 1e-3),
+    "lora": (1e-3, 2e-4),
+    "rslora": (5e-4, 1e-4),
+    "dora": (1e-3, 2e-4),
+    "ia3": (5e-3, 3e-3),
+    "loha": (1e-3, 3e-4),
+    "lokr": (1e-3, 3e-4),
+    "bottleneck": (1e-3, 3e-4),
+    "prefix-tuning": (1e-2, 1e-2),
+    "p-tuning-v2": (1e-2, 1e-2),
+    "prompt-tuning": (3e-2, 3e-2),
+    "p-tuning": (3e-3, 3e-3),
+}
+OTHER_RATES = (1e-3, 3e-4)
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method that a recipe can name.
+
+    Args:
+        name: As in recipes.
+        title: The first line of its configuration's documentation.
+        paper: arXiv number, if its documentation gives one.
+        peft_type: As in ``adapter_config.json``; ``None`` for full training and the head alone.
+        options: Fields that the name sets.
+    """
+
+    name: str
+    title: str
+    paper: str | None
+    peft_type: str | None
+    options: dict[str, Any]
+
+    @property
+    def config_cls(self) -> Any:
+        """The class of its configuration."""
+        return get_method(self.peft_type).config_cls
+
+
+def recipe_name(peft_type: str) -> str:
+    """A PEFT type as recipes write it: ``PREFIX_TUNING`` is ``prefix-tuning``."""
+    return peft_type.lower().replace("_", "-")
+
+
+def methods() -> dict[str, MethodInfo]:
+    """All methods that are built, by name: the registry's, their variants, ``full`` and ``head``."""
+    found = {}
+    for peft_type in registered_types():
+        text = get_method(peft_type).config_cls.__doc__ or ""
+        paper = re.search(r"arXiv[: ]+(\d{4}\.\d{4,5})", text)
+        title = text.strip().splitlines()[0] if text.strip() else peft_type
+        title = re.sub(r"^Configuration of |\s*\(.*?\)|\.$", "", title)
+        found[recipe_name(peft_type)] = MethodInfo(recipe_name(peft_type), title, paper and paper[1], peft_type, {})
+    for name, (peft_type, options) in VARIANTS.items():
+        base = found.get(recipe_name(peft_type))
+        if base is None or name in found:
+            continue
+        try:
+            base.config_cls(**options)
+        except NotImplementedError:
+            continue
+        paper_of = {"dora": "2402.09353", "rslora": "2312.03732"}
+        found[name] = MethodInfo(
+            name, f"{base.title} with {', '.join(options)}", paper_of.get(name), peft_type, options
+        )
+    found[FULL] = MethodInfo(FULL, "every weight", None, None, {})
+    found[HEAD] = MethodInfo(HEAD, "the new head alone", None, None, {})
+    return found
+
+
+def method_info(name: str) -> MethodInfo:
+    """Look a method up.
+
+    Raises:
+        RecipeError: There is none of this name.
+    """
+    known = methods()
+    asked = name.lower().replace("_", "-")
+    if asked not in known:
+        hint = did_you_mean(asked, known) or "."
+        raise RecipeError(f"There is no method {name!r}{hint} Built are {', '.join(known)}.")
+    return known[asked]
+
+
+def learning_rate(method: str, task: str) -> float:
+    """The learning rate that a method gets for a task where the recipe gives none."""
+    rates = RATES.get(method.lower().replace("_", "-"), OTHER_RATES)
+    return rates[0] if task in LABELS else rates[1]
+
+
+def build_config(section: MethodSection, task_type: str | None) -> Any:
+    """The method's configuration.
+
+    Args:
+        section: The recipe's method.
+        task_type: The value of ``TaskType``.
+
+    Returns:
+        The configuration, or ``None`` for full training and the head alone.
+
+    Raises:
+        RecipeError: An option that the method does not have, or that has an impossible value.
+    """
+    info = method_info(section.name)
+    if info.peft_type is None:
+        if section.options:
+            raise RecipeError(f"method.{next(iter(section.options))}: the method {info.name!r} has no options.")
+        return None
+    known = {f.name for f in dataclasses.fields(info.config_cls) if f.init} - {"task_type", "peft_type"}
+    for option in section.options:
+        if option not in known:
+            hint = did_you_mean(option, known) or f". Its options are {', '.join(sorted(known))}."
+            raise RecipeError(f"method.{option}: the method {info.name!r} has no such option{hint}")
+    start = {k: v for k, v in START.get(info.peft_type, {}).items() if k in known}
+    try:
+        return info.config_cls(task_type=task_type, **{**start, **info.options, **section.options})
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(f"method {info.name!r}: {error}") from None

@@ -1,0 +1,278 @@
+"""Out into the world: plain models, ONNX, other formats."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.checkpoints import get_peft_model_state_dict, set_peft_model_state_dict
+from ..core.files import write_atomically
+from ..core.holder import adapted_modules
+from ..core.layer import AdapterLayer
+from ..mapping import get_peft_model
+from ..model import PeftModel
+from ..registry import get_method
+from .errors import RecipeError, need
+from .runs import TASK_FILE, load_run
+from .tasks import Task
+
+AGREEMENT = 1e-3
+"""How far the outputs of a merged or exported model may be from the adapter's, relative to the largest of them."""
+
+
+def merge_run(folder: Path, target: Path) -> Iterator[str]:
+    """Write a plain model: the base with the adapter added to its weights. Its outputs are compared with the adapter's first.
+
+    Args:
+        folder: Of a run or an adapter.
+        target: For the model and its tokenizer.
+
+    Yields:
+        Lines for the user.
+
+    Raises:
+        RecipeError: The method cannot be merged, or the merged model computes something else.
+    """
+    _must_be_empty(target)
+    model, task = load_run(folder)
+    if not isinstance(model, PeftModel):
+        raise RecipeError(f"{folder} holds no adapter, but a plain model already.")
+    before = outputs(model, task)
+    try:
+        plain: Any = model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise RecipeError(f"The adapter in {folder} cannot be merged: {error}") from None
+    difference = disagreement(before, outputs(plain, task))
+    if difference > AGREEMENT:
+        raise RecipeError(
+            f"The merged model's outputs differ from the adapter's by {difference:.1e} of the largest; nothing was written."
+        )
+    plain.save_pretrained(target)
+    task.tokenizer.save_pretrained(target)
+    size = sum(p.stat().st_size for p in target.glob("*.safetensors"))
+    yield f"{target} holds a plain {type(plain).__name__}, {size / 1e6:,.1f} MB."
+    yield f"Its outputs agree with the adapter's within {difference:.1e} of the largest."
+    yield f"Use it without this library: transformers.{task.auto_class}.from_pretrained({str(target)!r})"
+
+
+def sample(task: Task) -> dict[str, torch.Tensor]:
+    """A small batch of text for comparing outputs."""
+    texts = ["What a film!", "A slow start, but the last hour is wonderful, and one would like to see it again."]
+    batch = task.tokenizer(texts, padding=True, return_tensors="pt")
+    batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+    if task.task_type == "SEQ_2_SEQ_LM":
+        batch["decoder_input_ids"] = batch["input_ids"][:, :3].clone()
+    return batch
+
+
+@torch.no_grad()
+def outputs(model: Any, task: Task) -> torch.Tensor:
+    """A model's outputs on :func:`sample`, where the input has no padding."""
+    batch = {k: v.to(next(model.parameters()).device) for k, v in sample(task).items()}
+    found = model.eval()(**batch)
+    logits = found.logits if hasattr(found, "logits") else torch.stack([found.start_logits, found.end_logits], -1)
+    if logits.dim() == 3 and "decoder_input_ids" not in batch:
+        logits = logits[batch["attention_mask"].bool()]
+    return logits.float().cpu()
+
+
+def disagreement(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference, relative to the largest output."""
+    return ((one - other).abs().max() / one.abs().max().clamp_min(1e-6)).item()
+
+
+# -- another method's format -------------------------------------------------------------------------------------------
+
+
+def convert_to_lora(folder: Path, target: Path, rank: int) -> Iterator[str]:
+    """Write an adapter of any method with a ΔW as LoRA: the best update of a rank (truncated singular values) in its place.
+
+    Args:
+        folder: Of a run or an adapter.
+        target: For the new adapter.
+        rank: Of the LoRA update.
+
+    Yields:
+        Lines for the user, with the error of the largest and of all layers together.
+
+    Raises:
+        RecipeError: The method has no ΔW, or adapts layers that are not linear.
+    """
+    _must_be_empty(target)
+    model, task = load_run(folder)
+    if not isinstance(model, PeftModel):
+        raise RecipeError(f"{folder} holds no adapter.")
+    before, tensors, modules = outputs(model, task), {}, []
+    lost = kept = worst = 0.0
+    for name, layer in adapted_modules(model.get_base_model()):
+        if not isinstance(layer, AdapterLayer):
+            continue
+        try:
+            delta = layer.get_delta_weight("default").float().cpu()
+        except (ValueError, NotImplementedError) as error:
+            raise RecipeError(f"The adapter in {folder} cannot be written as LoRA: {error}") from None
+        weight: Any = layer.get_base_layer().weight
+        if delta.dim() != 2 or isinstance(layer.get_base_layer(), torch.nn.Embedding):
+            raise RecipeError(f"{name} is no linear layer; only adapters of linear layers can be written as LoRA.")
+        matrix = delta if tuple(weight.shape) == (layer.out_features, layer.in_features) else delta.T
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        root = s[:rank].sqrt()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = _to_rank(root[:, None] * v[:rank], rank, 0)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = _to_rank(u[:, :rank] * root, rank, 1)
+        modules.append(name)
+        lost, kept = lost + float((s[rank:] ** 2).sum()), kept + float((s**2).sum())
+        worst = max(worst, float(s[rank:].norm() / s.norm().clamp_min(1e-12)))
+    own = {f".{name}." for name in modules}
+    heads = {
+        k: v for k, v in _state(model).items() if not any(o in f"{k.removeprefix('base_model.model')}." for o in own)
+    }
+    old = model.peft_config["default"]
+    config = get_method("LORA").config_cls(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=modules,
+        task_type=old.task_type,
+        modules_to_save=getattr(old, "modules_to_save", None),
+    )
+    converted = get_peft_model(model.unload(), config)
+    set_peft_model_state_dict(converted, {**tensors, **heads})
+    difference = disagreement(before, outputs(converted, task))
+    converted.save_pretrained(target)
+    task.tokenizer.save_pretrained(target)
+    if (folder / TASK_FILE).exists():
+        write_atomically(target, {TASK_FILE: (folder / TASK_FILE).read_bytes()})
+    missed = (lost / kept) ** 0.5 if kept else 0.0
+    yield f"{target} holds LoRA of rank {rank} on {len(modules)} layers."
+    yield f"It misses {missed:.2%} of the change (Frobenius), {worst:.2%} in the worst layer."
+    yield f"Outputs differ by {difference:.1e} of the largest."
+
+
+def _to_rank(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
+    """Zeros where a layer has fewer singular values than the rank."""
+    missing = rank - factor.shape[axis]
+    if missing <= 0:
+        return factor.contiguous()
+    shape = (missing, factor.shape[1]) if axis == 0 else (factor.shape[0], missing)
+    return torch.cat([factor, torch.zeros(shape)], axis)
+
+
+def _state(model: Any) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
+
+
+def _must_be_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RecipeError(f"{target} exists and is not empty. Choose another folder.")
+
+
+# -- ONNX --------------------------------------------------------------------------------------------------------------
+
+
+def export_onnx(folder: Path, target: Path, int8: bool = False) -> Iterator[str]:
+    """Write a merged model as ONNX, check its outputs against torch's, and measure both.
+
+    Args:
+        folder: Of a run or an adapter.
+        target: Folder for ``model.onnx`` and the tokenizer.
+        int8: Write ``model-int8.onnx`` too, its matrix products quantised dynamically.
+
+    Yields:
+        Lines for the user.
+
+    Raises:
+        RecipeError: A package is missing, the task generates text, or the outputs differ.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        need(package, "ONNX", "export")
+    _must_be_empty(target)
+    model, task = load_run(folder)
+    if task.generates:
+        raise RecipeError(
+            "Export is for encoders with a head; a model that generates text is shipped with `peft merge`."
+        )
+    if isinstance(model, PeftModel):
+        try:
+            model = model.merge_and_unload(safe_merge=True)
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            raise RecipeError(f"The adapter in {folder} cannot be merged, which export needs: {error}") from None
+    model = model.cpu().eval()
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / "model.onnx"
+    batch = sample(task)
+    _write_onnx(model, batch, path)
+    task.tokenizer.save_pretrained(target)
+    model.config.save_pretrained(target)
+    expected, took = _timed(lambda: _flat_outputs(model(**batch)))
+    yield f"torch: {sum(p.numel() * 4 for p in model.parameters()) / 1e6:,.1f} MB, {took:.1f} ms for two texts."
+    files = {"float32": path}
+    if int8:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        files["int8"] = target / "model-int8.onnx"
+        quantize_dynamic(str(path), str(files["int8"]), weight_type=QuantType.QInt8)
+    for name, file in files.items():
+        found, took = _run_onnx(file, batch)
+        difference = disagreement(expected, found)
+        if name == "float32" and difference > AGREEMENT:
+            raise RecipeError(
+                f"The ONNX model's outputs differ from torch's by {difference:.1e} of the largest; do not use {file}."
+            )
+        size = sum(p.stat().st_size for p in target.glob(f"{file.name}*")) / 1e6
+        yield f"{file} ({name}): {size:,.1f} MB, {took:.1f} ms; outputs within {difference:.1e} of torch's largest."
+
+
+def _flat_outputs(found: Any) -> torch.Tensor:
+    return found.logits if hasattr(found, "logits") else torch.stack([found.start_logits, found.end_logits], -1)
+
+
+def _write_onnx(model: Any, batch: dict[str, torch.Tensor], path: Path) -> None:
+    """torch's exporter, with the number of texts and their length left open."""
+    import contextlib
+    import io
+    import logging
+    import warnings
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return _flat_outputs(self.model(**dict(zip(batch, inputs, strict=True))))
+
+    rows, width = torch.export.Dim("rows", min=1, max=4096), torch.export.Dim("width", min=2, max=4096)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Positional().eval(), tuple(batch.values()), str(path), input_names=list(batch), output_names=["logits"], dynamo=True,
+            dynamic_shapes=(tuple({0: rows, 1: width} for _ in batch),),
+            external_data=False, verbose=False,
+        )  # fmt: skip
+
+
+def _run_onnx(path: Path, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = {i.name for i in session.get_inputs()}
+    inputs = {k: v.numpy() for k, v in batch.items() if k in names}
+    return _timed(lambda: torch.from_numpy(session.run(None, inputs)[0]))
+
+
+@torch.no_grad()
+def _timed(call: Any, repeats: int = 10) -> tuple[torch.Tensor, float]:
+    """What a call gives, and its median time in milliseconds."""
+    found, times = call(), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return found.float(), statistics.median(times)

@@ -1,0 +1,312 @@
+"""Recipes and their data: what is understood, what is guessed and said, and what is refused with which words."""
+
+from __future__ import annotations
+
+import pytest
+
+import recipe_data as data
+from peft.recipes.data import draw, find_columns, load_splits
+from peft.recipes.errors import RecipeError
+from peft.recipes.methods import RATES, build_config, learning_rate, method_info, methods
+from peft.recipes.recipe import TASKS, DataSection, GenerationSection, MethodSection, make_recipe, read_recipe
+from peft.recipes.sources import read_source
+from peft.recipes.tasks import TASKS as TASK_CLASSES
+from peft.recipes.templates import template
+
+GOOD = """\
+task: sequence-classification
+model: packaged:minilm
+method:
+  name: lora
+  r: 4
+data:
+  train: reviews.csv
+training:
+  epochs: 2
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_with_short_forms_and_overrides(recipe_file):
+    recipe = read_recipe(
+        recipe_file(GOOD), ["epochs=5", "method.lora_dropout=1e-1", "data=other.csv", "training.learning_rate=1e-3"]
+    )
+    assert (recipe.model.name, recipe.training.epochs, recipe.data.train) == ("packaged:minilm", 5, "other.csv")
+    assert recipe.method.options == {"r": 4, "lora_dropout": 0.1}
+    assert recipe.training.learning_rate == 1e-3
+    assert str(recipe.folder) == "runs/sequence-classification-lora"
+    assert read_recipe(recipe_file(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("epochs: 2", "epoch: 2"), r"line 9: unknown key 'epoch' in training \(did you mean 'epochs'"),
+        (("training:", "trainning:"), r"line 8: unknown key 'trainning' \(did you mean 'training'"),
+        (("sequence-classification", "sequence-clasification"), r"line 1: task is .* \(did you mean 'sequence-classification'"),
+        (("epochs: 2", "epochs: many"), r"line 9: training.epochs is 'many'; it should be a valid number"),
+        (("epochs: 2", "epochs: -1"), r"line 9: training.epochs is -1; it should be greater than 0"),
+        (("  train: reviews.csv", "  test: reviews.csv"), r"line 6: data.train is missing"),
+        (("  epochs: 2", "  epochs: 2\n  epochs: 3"), r"line 10: 'epochs' stands here for the second time \(first on line 9\)"),
+        (("  epochs: 2", "  epochs: [2"), r"line 10: no valid YAML"),
+        (("  train: reviews.csv", "  train: a.csv\n  columns: {txt: body}"),
+         r"line 8: data.columns: unknown role 'txt' \(did you mean 'text'"),
+        (("task: sequence-classification\n", ""), r"give either `task` and `data`, or `tasks`"),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_refused_with_the_line_and_the_mend(recipe_file, change, message):
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(recipe_file(GOOD.replace(*change)))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs", "'epochs' is no override: write key=value"),
+        ("lerning_rate=1", r"Unknown key 'lerning_rate' .* \(did you mean 'learning_rate'"),
+        ("training.lerning_rate=1", r"unknown key 'lerning_rate' in training \(did you mean 'learning_rate'"),
+        ("name=x", "several sections: write model.name or method.name or data.name"),
+    ],
+)
+def test_a_wrong_override_is_refused(recipe_file, override, message):
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(recipe_file(GOOD), [override])
+
+
+def test_a_missing_recipe_names_the_one_beside_it(recipe_file):
+    path = recipe_file(GOOD)
+    with pytest.raises(RecipeError, match=r"did you mean 'recipe\.yaml'"):
+        read_recipe(path.with_name("recipes.yaml"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_written_template_is_a_valid_recipe(recipe_file, task):
+    text = template(task)
+    assert read_recipe(recipe_file(text)).task == task
+    # Every commented key is a key: with all of them in force the recipe is still understood.
+    active = "\n".join(line.replace("#   ", "  ", 1) if line.startswith("#   ") else line for line in text.splitlines())
+    read_recipe(
+        recipe_file(
+            active.replace("# generation:", "generation:").replace("  validation: null", "").replace("  r: 8", "")
+        )
+    )
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_registered_method_can_be_named_and_has_a_learning_rate():
+    from peft.registry import registered_types
+
+    known = methods()
+    assert {"lora", "full", "head"} <= set(known)
+    assert {i.peft_type for i in known.values() if i.peft_type} >= {t for t in registered_types() if t.isupper()}
+    for name, info in known.items():
+        assert all(learning_rate(name, task) > 0 for task in TASKS)
+        if info.peft_type and info.peft_type in ("LORA",):
+            assert build_config(MethodSection(name=name), "SEQ_CLS").peft_type == info.peft_type
+            assert info.paper
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "lorra"}, r"no method 'lorra' \(did you mean 'lora'"),
+        ({"name": "lora", "rank": 4}, r"method\.rank: the method 'lora' has no such option"),
+        ({"name": "lora", "lora_alfa": 4}, r"method\.lora_alfa: .* \(did you mean 'lora_alpha'"),
+        ({"name": "lora", "r": 0}, r"method 'lora': `r` should be a positive integer"),
+        ({"name": "full", "r": 2}, r"the method 'full' has no options"),
+    ],
+)
+def test_a_wrong_method_is_refused(section, message):
+    with pytest.raises(RecipeError, match=message):
+        build_config(MethodSection(**section), None)
+
+
+def test_names_are_taken_in_either_spelling():
+    assert method_info("LORA") is not None and method_info("Lora").name == "lora"
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def splits_of(task="sequence-classification", seed=0, **section):
+    section = DataSection(**section)
+    task = TASK_CLASSES[task](section, GenerationSection())
+    splits = load_splits(section, task.roles, seed, task.group, task.check)
+    task.learn(splits)
+    return splits, task
+
+
+def test_formats_read_the_same(tmp_path):
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    rows = data.reviews(12)
+    data.write_csv(tmp_path / "a.csv", rows)
+    (tmp_path / "b.csv").write_text("text;label\n" + "".join(f"{r['text']};{r['label']}\n" for r in rows))
+    (tmp_path / "c.tsv").write_text("text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in rows))
+    data.write_json_lines(tmp_path / "d.jsonl", rows)
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "e.parquet")
+    for path in tmp_path.iterdir():
+        assert read_source(str(path))["train"].rows == rows, path.name
+
+
+def test_folders_of_splits_and_folders_of_labels(tmp_path):
+    rows = data.reviews(12)
+    data.write_csv(tmp_path / "train.csv", rows[:8])
+    data.write_json_lines(tmp_path / "dev.jsonl", rows[8:])
+    found = read_source(str(tmp_path))
+    assert (len(found["train"].rows), len(found["validation"].rows)) == (8, 4)
+    for i, row in enumerate(rows):
+        (tmp_path / "texts" / row["label"]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / row["label"] / f"{i}.txt").write_text(row["text"])
+    assert {r["label"] for r in read_source(str(tmp_path / "texts"))["train"].rows} == {"pos", "neg"}
+
+
+def test_splits_are_stratified_disjoint_and_fixed_by_the_seed(tmp_path):
+    rows = data.reviews(100)
+    path = str(data.write_csv(tmp_path / "r.csv", rows[:90] + [{"text": f"x {i}", "label": "pos"} for i in range(10)]))
+    one, _ = splits_of(train=path, validation_size=0.2, test_size=10)
+    again, _ = splits_of(train=path, validation_size=0.2, test_size=10)
+    other, _ = splits_of(train=path, validation_size=0.2, test_size=10, seed=1)
+    assert (one.train, one.validation, one.test) == (again.train, again.validation, again.test)
+    assert one.test != other.test
+    assert [len(s) for s in (one.train, one.validation, one.test)] == [70, 20, 10]
+    texts = [row["text"] for s in (one.train, one.validation, one.test) for row in s]
+    assert len(set(texts)) == 100
+    for split in (one.train, one.validation, one.test):
+        assert abs(sum(r["label"] == "pos" for r in split) / len(split) - 0.55) < 0.06
+
+
+def test_draw_gives_rare_groups_their_share():
+    import random
+
+    rows = [{"g": "a"}] * 90 + [{"g": "b"}] * 10
+    drawn, rest = draw(rows, 20, lambda r: r["g"], random.Random(0))
+    assert sum(r["g"] == "b" for r in drawn) == 2 and len(rest) == 80
+
+
+def test_bad_rows_are_counted_and_shown(tmp_path):
+    good = data.reviews(30)
+    lines = ["text,label", *(f"{r['text']},{r['label']}" for r in good), "one field", ",pos", "no label,", "a,b,c"]
+    (tmp_path / "r.csv").write_text("\n".join(lines) + "\n")
+    splits, _ = splits_of(train=str(tmp_path / "r.csv"))
+    note = next(n for n in splits.notes if n.startswith("Left out"))
+    assert (
+        "4 of 34 rows of r.csv cannot be used" in note
+        and "line 32: 1 fields, the header has 2" in note
+        and "and 1 more" in note
+    )
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 30
+
+
+def test_repeated_rows_are_taken_out_and_said(tmp_path):
+    path = data.write_csv(tmp_path / "r.csv", data.reviews(30) * 2)
+    splits, _ = splits_of(train=str(path))
+    assert any(n.startswith("30 repeated rows") for n in splits.notes)
+
+
+def test_columns_are_guessed_and_said(tmp_path):
+    rows = [{"review": r["text"], "stars": r["label"]} for r in data.reviews(30)]
+    splits, _ = splits_of(train=str(data.write_csv(tmp_path / "r.csv", rows)))
+    assert "Columns taken: review as text, stars as label." in splits.notes
+    assert set(splits.train[0]) == {"text", "label"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "section", "message"),
+    [
+        ([{"body_text": "x", "y": 1}], {}, r"no column for 'text'; its columns are body_text, y. Say which: data.columns.text=COLUMN"),
+        ([{"text": "x", "label": 1}], {"columns": {"text": "texts"}}, r"no column 'texts' \(did you mean 'text'"),
+        ([{"text": "x", "label": 1}], {"columns": {"tokens": "text"}}, r"data.columns.tokens has no meaning for this task"),
+        ([{"text": f"x {i}", "label": "same"} for i in range(9)], {}, r"All 7 training rows have the label 'same'"),
+        ([{"text": "", "label": 1}] * 3, {}, r"No row of the given rows can be used: row 1: the text is empty"),
+        ([{"text": f"x {i}", "label": i % 2} for i in range(9)], {"train_rows": 99}, r"train_rows asks for 99 rows, but 7 are there"),
+        ([{"text": f"x {i}", "label": i % 2} for i in range(9)], {"test_size": 50}, r"50 rows are to be held back, but only 9"),
+        ([{"text": f"x {i}", "label": i % 2} for i in range(9)], {"labels": ["a", "b"], "test": [{"text": "z", "label": "c"}]},
+         r"1 test rows have labels that are not among 'a', 'b': 'c'"),
+    ],
+)  # fmt: skip
+def test_wrong_data_is_refused(rows, section, message):
+    with pytest.raises(RecipeError, match=message):
+        splits_of(train=rows, **section)
+
+
+def test_missing_files_and_unknown_packages_are_refused(tmp_path):
+    data.write_csv(tmp_path / "reviews.csv", data.reviews(4))
+    with pytest.raises(RecipeError, match=r"no file .*\(did you mean 'reviews\.csv'"):
+        read_source(str(tmp_path / "review.csv"))
+    with pytest.raises(RecipeError, match="known are packaged:imdb, packaged:ner"):
+        read_source("packaged:imbd")
+    with pytest.raises(RecipeError, match=r"needs a file named train"):
+        read_source(str(tmp_path))
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(RecipeError, match="holds no data: it is empty"):
+        read_source(str(tmp_path / "empty.csv"))
+
+
+def test_a_callable_and_a_function_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rows_of_data.py").write_text(
+        "def rows():\n    return {'train': [{'text': 'a', 'label': 1}], 'test': []}\n"
+    )
+    assert read_source("my_rows_of_data:rows")["train"].rows == [{"text": "a", "label": 1}]
+    assert read_source(lambda: data.reviews(3))["train"].rows == data.reviews(3)
+    with pytest.raises(RecipeError, match="cannot be imported"):
+        read_source("my_rows_of_data:row")
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "names"),
+    [
+        (["b", "a"], "single", ["a", "b"]),
+        ([2, 10, 1], "single", ["1", "2", "10"]),
+        ([[], ["x"], ["x", "y"]], "multi-label", ["x", "y"]),
+        ([0.5, 1.0, 2.0], "regression", []),
+    ],
+)
+def test_the_kind_of_labels_is_seen(labels, kind, names):
+    rows = [{"text": f"t {i}", "label": label} for i, label in enumerate(labels * 6)]
+    _, task = splits_of(train=rows)
+    assert (task.kind, task.labels) == (kind, names)
+
+
+def test_the_columns_of_an_instruction_set_are_joined():
+    rows = [{"instruction": f"Do {i}", "input": "this" if i % 2 else "", "output": "done"} for i in range(20)]
+    splits, _ = splits_of("causal-lm", train=rows, columns={"prompt": ["instruction", "input"], "response": "output"})
+    assert {"instruction", "input"} == set(splits.train[0]["prompt"])
+
+
+def test_a_role_is_not_played_by_a_column_that_plays_another():
+    table = read_source([{"question": "q", "answer": "a"}])["train"]
+    assert find_columns(table, {}, TASK_CLASSES["causal-lm"].roles) == {"prompt": "question", "response": "answer"}
+
+
+def test_make_recipe_wants_a_mapping():
+    with pytest.raises(RecipeError, match="should hold keys and values"):
+        make_recipe(["task"])  # type: ignore[arg-type]
+
+
+def test_the_documented_learning_rates_are_those_in_force():
+    import re
+    from pathlib import Path
+
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z0-9-]+) \| (\d[\de.-]*) \| (\d[\de.-]*) \|$", text, re.M)
+    assert {name for name, *_ in rows} == set(RATES)
+    for name, labels, generating in rows:
+        assert float(labels) == learning_rate(name, "sequence-classification"), name
+        assert float(generating) == learning_rate(name, "causal-lm"), name
