@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # What is raised for a wrong option; typer brings its own copy of click in newer versions.
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-out = Console(highlight=False, soft_wrap=True)
+# Into a file or a pipe tables are as wide as they need to be.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

@@ -105,21 +105,14 @@ def list_methods(
     if as_json:
         print(json.dumps(found))
         return
-    head = [
-        "method",
-        "what it trains",
-        "paper",
-        "merges",
-        "learning rate",
-        *(["parameters", "of all"] if model else []),
-    ]
+    head = ["method", "what it trains", "arXiv", "merges", "rate", *(["parameters", "share"] if model else [])]
     lines = []
     for r in found:
         merges = {True: "yes", False: "no", None: ""}[r["merges"]]
         line = [
             r["method"],
             r["what"],
-            f"arXiv {r['paper']}" if r["paper"] else "",
+            r["paper"] or "",
             merges,
             f"{r['learning_rate']:.0e}",
         ]
