@@ -221,15 +221,15 @@ def test_beside_lora_on_the_same_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "pfeifer"}, r"'pfeifer' \(did you mean 'pfeiffer'\?\)"),
+        ({"placement": "pfeifer"}, r"`placement` should be .*, got 'pfeifer' \(str\). Did you mean 'pfeiffer'\?"),
         ({"non_linearity": "swihs"}, r"Unknown `non_linearity` 'swihs' \(did you mean 'swish'"),
         ({"non_linearity": "prelu"}, "'prelu' has trained parameters of its own"),
         ({"bottleneck_dim": 4, "reduction_factor": 2}, "not both"),
-        ({"bottleneck_dim": 0}, "`bottleneck_dim` should be a positive integer value|positive integer, got 0"),
+        ({"bottleneck_dim": 0}, "`bottleneck_dim` should be a positive integer, got 0"),
         ({"reduction_factor": -1}, "`reduction_factor` should be a positive number, got -1"),
         ({"dropout": 1.0}, "`dropout` is a probability"),
         ({"scaling": "learnt"}, "`scaling` should be a number or 'learned', got 'learnt'"),
-        ({"init": "lora"}, "`init` should be one of 'mam_adapter', 'bert'"),
+        ({"init": "lora"}, "`init` should be 'mam_adapter' or 'bert', got 'lora'"),
         ({"input_modules": {"a": "b"}}, "`input_modules` has no effect with placement='pfeiffer'"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import difflib
 import functools
 import math
 import numbers
@@ -159,4 +160,7 @@ def _mend(value: Any, hint: Any) -> str:
         with contextlib.suppress(Exception):
             if _settled(ast.literal_eval(value), hint) is not _UNFIT:
                 return " Write it without quotes."
+        choices = [a for part in (hint, *get_args(hint)) if get_origin(part) is Literal for a in get_args(part)]
+        if close := difflib.get_close_matches(value, [a for a in choices if isinstance(a, str)], 1):
+            return f" Did you mean {close[0]!r}?"
     return ""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...config import PeftType, WeightConfig
 from ...core.errors import did_you_mean
+from ...field_checks import check_regex
 
-PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 DEFAULT_REDUCTION = 16
 
 
@@ -59,6 +58,8 @@ class BottleneckConfig(WeightConfig):
         ValueError: A field has an impossible value.
     """
 
+    _pattern_fields = ("bottleneck_dim_pattern", "reduction_factor_pattern")
+
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
     bottleneck_dim: int | None = None
     reduction_factor: float | None = None
@@ -85,8 +86,6 @@ class BottleneckConfig(WeightConfig):
     def __post_init__(self) -> None:
         self.peft_type = PeftType.BOTTLENECK
         super().__post_init__()
-        _one_of("placement", self.placement, PLACEMENTS)
-        _one_of("init", self.init, ("mam_adapter", "bert"))
         if self.bottleneck_dim is not None and self.reduction_factor is not None:
             raise ValueError(
                 f"Give `bottleneck_dim` ({self.bottleneck_dim!r}) or `reduction_factor` ({self.reduction_factor!r}), not both: "
@@ -97,12 +96,10 @@ class BottleneckConfig(WeightConfig):
                 positive(name, value, whole=True)
         if self.reduction_factor is not None:
             positive("reduction_factor", self.reduction_factor)
-        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+        if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` is a probability, at least 0 and below 1, got {self.dropout!r}.")
-        if self.scaling != "learned" and (isinstance(self.scaling, bool) or not isinstance(self.scaling, (int, float))):
-            raise ValueError(f"`scaling` should be a number or 'learned', got {self.scaling!r}.")
         for pattern in self.input_modules or {}:
-            re.compile(pattern)
+            check_regex("input_modules", pattern)
         if self.input_modules and self.placement != "parallel":
             raise ValueError(
                 f"`input_modules` has no effect with placement={self.placement!r}: use placement='parallel'."
@@ -118,9 +115,9 @@ def activation(name: str) -> Any:
     """
     from transformers.activations import ACT2FN
 
-    if not isinstance(name, str) or name not in ACT2FN:
+    if name not in ACT2FN:
         raise ValueError(
-            f"Unknown `non_linearity` {name!r}{did_you_mean(str(name), ACT2FN)}. Known: {', '.join(sorted(ACT2FN))}."
+            f"Unknown `non_linearity` {name!r}{did_you_mean(name, ACT2FN)}. Known: {', '.join(sorted(ACT2FN))}."
         )
     module = ACT2FN[name]
     if any(True for _ in module.parameters()):
@@ -138,10 +135,3 @@ def positive(name: str, value: Any, whole: bool = False) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
         raise ValueError(f"`{name}` should be a positive {'integer' if whole else 'number'}, got {value!r}.")
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(
-            f"`{name}` should be one of {', '.join(map(repr, known))}, got {value!r}{did_you_mean(str(value), known)}."
-        )

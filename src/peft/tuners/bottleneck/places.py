@@ -97,7 +97,7 @@ PLACES: Mapping[str, Places] = {
             attention=r".*\.SelfAttention\.o",
             feedforward=r".*\.DenseReluDense\.wo",
             whole=_T5_FF,
-            beside=_T5_FF,
+            beside=rf"{_T5_FF}\.DenseReluDense",
         ),
     ),
     **dict.fromkeys(("bart", "mbart"), _BART),
