@@ -65,7 +65,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) torch
-	$(BIN)/python $(INSTALL) -e '.[demo,export,dev]'
+	$(BIN)/python $(INSTALL) -e '.[demo,export,clients,dev]'
 	$(BIN)/python $(INSTALL) --no-deps $(CARRIERS)
 	@touch $@
 

@@ -17,11 +17,12 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "examples" / "finetune_imdb.py"
+EXAMPLES = ROOT / "examples"
+SCRIPT = EXAMPLES / "finetune_imdb.py"
 
 
-def load_example():
-    spec = importlib.util.spec_from_file_location("finetune_imdb", SCRIPT)
+def load_example(name="finetune_imdb"):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
