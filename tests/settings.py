@@ -54,6 +54,23 @@ class Setting:
 
 SETTINGS = (
     Setting("lora", LoraConfig, second={"r": 4, "lora_alpha": 12}),
+    Setting(
+        "dora",
+        lambda **kw: LoraConfig(use_dora=True, **kw),
+        bases=(tiny.BERT_EMBEDDING, tiny.GPT2, tiny.CONV, tiny.LLAMA, tiny.T5),
+        second={"r": 4, "lora_alpha": 12},
+    ),
+    Setting("lora-bias", lambda **kw: LoraConfig(lora_bias=True, **kw), bases=(tiny.GPT2, tiny.BERT), second={"r": 4}),
+    Setting(
+        "pissa",
+        lambda **kw: LoraConfig(**{"init_lora_weights": "pissa", **kw}),
+        bases=(tiny.LLAMA,),
+        second={"r": 4, "lora_alpha": 12},
+        exempt={
+            "bit-exact start": "the part that the adapter starts from is added and subtracted",
+            "meta": "the start is read off the base weights",
+        },
+    ),
     Setting("rslora", lambda **kw: LoraConfig(use_rslora=True, r=6, **kw), bases=(tiny.LLAMA,)),
     Setting(
         "bottleneck",

@@ -168,7 +168,7 @@ def test_a_file_from_a_newer_version(saved):
         ('{"peft_type": "XLORA"}', "XLORA is not built"),
         ('{"peft_type": "LORA", "r": 0}', "`r` should be a positive integer"),
         ('{"peft_type": "LORA", "r": "8"}', "`r` should be an integer, got '8'"),
-        ('{"peft_type": "LORA", "use_dora": true}', "use_dora=True is not built"),
+        ('{"peft_type": "LORA", "use_qalora": true}', "use_qalora=True is not built"),
         ('{"peft_type": "LORA", "task_type": "SEQCLS"}', "Unknown task_type 'SEQCLS'"),
     ],
 )

@@ -36,6 +36,7 @@ LEVELS = {
     "peft_model": 7,
     "mapping_func": 7,
     "mixed_model": 7,
+    "optimizers": 7,
     "utils": 7,
     "recipes": 8,
     "cli": 9,
@@ -123,6 +124,7 @@ def test_a_name_of_another_version_is_an_error_with_a_suggestion():
 
 
 PATHS = {
+    "peft.optimizers": ["create_loraplus_optimizer", "create_lorafa_optimizer"],
     "peft.functional": ["inject_adapter_in_model", "set_adapter", "delete_adapter", "cast_adapter_dtype", "set_requires_grad"],
     "peft.helpers": ["disable_input_dtype_casting", "rescale_adapter_scale", "check_if_peft_model", "update_forward_signature"],
     "peft.utils": ["ModulesToSaveWrapper", "_get_submodules", "get_peft_model_state_dict", "PeftType", "infer_device"],

@@ -48,7 +48,11 @@ def two_adapters(setting, base, dtype=torch.float32):
 @every_case
 def test_a_fresh_adapter_changes_nothing(setting, base):
     plain = logits(base.build(), base)
-    assert torch.equal(logits(setting.model(base), base), plain)
+    fresh = logits(setting.model(base), base)
+    if "bit-exact start" in setting.exempt:
+        torch.testing.assert_close(fresh, plain, atol=1e-5, rtol=1e-5)
+    else:
+        assert torch.equal(fresh, plain)
 
 
 @every_case
@@ -306,7 +310,7 @@ def test_without_a_kept_copy_unmerging_subtracts_or_refuses(setting, base):
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     model.base_model.merge_adapter(keep_original=False)
     layer = next(m for _, m in adapted_modules(model) if isinstance(m, AdapterLayer))
-    if layer.delta_depends_on_weight:
+    if layer.needs_weight("default"):
         with pytest.raises(RuntimeError, match="keep_original=True"):
             model.unmerge_adapter()
     else:
@@ -321,7 +325,7 @@ def test_a_weight_changed_after_merging_is_noticed(setting, base):
     skip_unless_mergeable(model)
     randomise(model)
     layer = next(m for _, m in adapted_modules(model) if isinstance(m, AdapterLayer))
-    if layer.delta_depends_on_weight:
+    if layer.needs_weight("default"):
         pytest.skip("the method cannot subtract, and refuses: tested above")
     model.merge_adapter()
     with torch.no_grad():
@@ -589,6 +593,10 @@ def test_construction_on_meta_and_assignment_from_files(setting, base, tmp_path)
     model.save_pretrained(tmp_path)
     with torch.device("meta"):
         empty = base.build()
+    if "meta" in setting.exempt:
+        with pytest.raises(ValueError, match="meta device"):
+            PeftModel.from_pretrained(empty, tmp_path)
+        return
     holder = PeftModel.from_pretrained(empty, tmp_path)
     assert all(p.device.type == "meta" for n, p in holder.named_parameters() if "base_layer" in n)
     state = model.state_dict()

@@ -30,8 +30,8 @@ _PLACES = {
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 _SUBMODULES = {
-    "auto", "config", "core", "functional", "helpers", "kernels", "mapping", "mapping_func", "mixed_model", "model", "peft_model",
-    "recipes", "registry", "task_models", "tuners", "utils",
+    "auto", "config", "core", "functional", "helpers", "kernels", "mapping", "mapping_func", "mixed_model", "model", "optimizers",
+    "peft_model", "recipes", "registry", "task_models", "tuners", "utils",
 }  # fmt: skip
 
 __all__ = sorted(_HOME)

@@ -29,7 +29,7 @@ from .core.files import (
     write_atomically,
 )
 from .core.holder import adapted_modules, require_adapters, shared_of
-from .core.injection import cast_adapter_dtype, check_adapter_name, inject
+from .core.injection import check_adapter_name, inject
 from .core.layer import AdapterLayer
 from .core.mixed import MixedPlan, batch_size_of, check_names, planned
 from .core.model_card import model_card
@@ -69,10 +69,15 @@ class PeftModel(PushToHubMixin, nn.Module):
         super().__init__()
         self._add_head(peft_config)
         tuner_cls = get_method(peft_config.peft_type).tuner_cls
-        self.base_model: BaseTuner = tuner_cls(model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage)
+        self.base_model: BaseTuner = tuner_cls(
+            model,
+            {adapter_name: peft_config},
+            adapter_name,
+            low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names", "allow_mixed_training"}
-        cast_adapter_dtype(self.base_model, adapter_name, autocast_adapter_dtype)
         self._name_base(peft_config)
         if is_checkpointing(model):
             self.prepare_model_for_gradient_checkpointing(model)
@@ -164,10 +169,12 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise ValueError(f"Cannot add a {peft_config.peft_type} adapter to a {type(self.base_model).__name__}.")
         base = self.get_base_model()
         with strictness(strict):
-            inject(base, peft_config, adapter_name, tuner_cls, on_meta=low_cpu_mem_usage)
+            inject(
+                base, peft_config, adapter_name, tuner_cls, on_meta=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )  # fmt: skip
         # All adapters may have been deleted in between, and the dictionary with them.
         self.base_model.peft_config = base.peft_config  # type: ignore[assignment]
-        cast_adapter_dtype(self.base_model, adapter_name, autocast_adapter_dtype)
         self._name_base(peft_config)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -288,7 +295,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             selected_adapters: Which; all when not given.
             save_embedding_layers: Write the base model's embeddings too; ``"auto"``: where they are adapted or were resized.
             is_main_process: Write nothing where this is false, as on the other processes of a distributed run.
-            path_initial_model_for_weight_conversion: Not built yet.
+            path_initial_model_for_weight_conversion: Folder of the adapter as it was at its start. Adapters whose start was read
+                off the base weights (LoRA's ``"pissa"``, ``"olora"``) are written as plain ones of twice the rank.
             **kwargs: ``state_dict``: take the tensors from here. Others are accepted for compatibility.
 
         Raises:
@@ -299,8 +307,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise ValueError(
                 f"Provided path ({str(save_directory)!r}) should be a directory, not a file. Give a folder."
             )
-        if path_initial_model_for_weight_conversion is not None:
-            raise NotImplementedError("path_initial_model_for_weight_conversion is not built in this version of peft.")
         if not safe_serialization:
             warn_pickle()
         names = (
@@ -312,17 +318,17 @@ class PeftModel(PushToHubMixin, nn.Module):
         if not is_main_process and state_dict is not None:
             return  # where the caller has gathered, only the main process has something to do
         # Gather everything before anything is written; all processes take part.
-        tensors = {
-            name: checkpoints.get_peft_model_state_dict(
+        contents = {}
+        for name in names:
+            tensors = checkpoints.get_peft_model_state_dict(
                 self, state_dict, name, save_embedding_layers=save_embedding_layers
             )
-            for name in names
-        }
+            config = copy.copy(self.peft_config[name])
+            contents[name] = self.base_model.for_file(name, tensors, config, path_initial_model_for_weight_conversion)
         if not is_main_process:
             return
         files: dict[str, Any] = {}
-        for name in names:
-            config = copy.copy(self.peft_config[name])
+        for name, (tensors, config) in contents.items():
             config.inference_mode = True
             base = self.get_base_model()
             if config.task_type is None:
@@ -332,7 +338,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 }
             record_head(config, base, dict(self._heads_of(name)))
             folder = "" if name == "default" else name
-            files[os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)] = safetensors_writer(tensors[name])
+            files[os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)] = safetensors_writer(tensors)
             files[os.path.join(folder, CONFIG_NAME)] = config.to_file()
         write_atomically(save_directory, {**files, "README.md": self._model_card(save_directory)})
 

@@ -252,6 +252,55 @@ CASES: tuple[Case, ...] = (
     Case("bert-random-start", "bert-classifier", (lora(init_lora_weights=False),), "SEQ_CLS"),
     Case("bert-dropout", "bert-classifier", (lora(lora_dropout=0.3),), "SEQ_CLS"),
     Case("bert-inference-mode", "bert-classifier", (lora(inference_mode=True),), "SEQ_CLS"),
+    # DoRA. Active together, each of ours acts on the weight that the earlier ones made, as merging does; the peer's norms are
+    # those of the base weight.
+    Case("bert-dora", "bert-classifier", (lora(use_dora=True, target_modules=["query", "dense"]),), "SEQ_CLS"),
+    Case(
+        "bert-embedding-dora",
+        "bert-encoder",
+        (lora(use_dora=True, target_modules=["word_embeddings", "query"]),),
+        "FEATURE_EXTRACTION",
+    ),
+    Case(
+        "bert-dora-and-plain",
+        "bert-encoder",
+        (
+            lora(use_dora=True, target_modules=["query", "value"]),
+            lora("plain", r=4, target_modules=["value", "dense"]),
+        ),
+        "FEATURE_EXTRACTION",
+    ),
+    Case(
+        "gpt2-dora",
+        "gpt2",
+        (lora(use_dora=True, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True),),
+        "CAUSAL_LM",
+        generate=True,
+    ),
+    Case(
+        "llama-dora",
+        "llama",
+        (lora(use_dora=True, target_modules="all-linear", use_rslora=True, rank_pattern={"v_proj": 3}),),
+        "CAUSAL_LM",
+        generate=True,
+    ),
+    Case(
+        "llama-dora-bfloat16",
+        "llama",
+        (lora(use_dora=True),),
+        "CAUSAL_LM",
+        dtype="bfloat16",
+        tolerance=BF16_TOLERANCE,
+    ),
+    Case("llama-dora-meta", "llama", (lora(use_dora=True),), "CAUSAL_LM", wrap={"low_cpu_mem_usage": True}),
+    Case("t5-dora", "t5", (lora(use_dora=True, target_modules=["q", "v", "wo"]),), "SEQ_2_SEQ_LM"),
+    Case("mlp-dora-random-start", "mlp", (lora(use_dora=True, init_lora_weights=False, target_modules=["first"]),)),
+    Case("inject-dora", "mlp", (lora(use_dora=True, target_modules=["first", "second"]),), inject=True),
+    # A bias of B's.
+    Case("bert-lora-bias", "bert-classifier", (lora(lora_bias=True, r=4, lora_alpha=12),), "SEQ_CLS"),
+    Case("gpt2-lora-bias", "gpt2", (lora(lora_bias=True, fan_in_fan_out=True),), "CAUSAL_LM"),
+    # T5 does not scale its attention: its logits are large, and rounding with them.
+    Case("t5-lora-bias", "t5", (lora(lora_bias=True),), "SEQ_2_SEQ_LM", merge=False, tolerance=3e-5),
     # Several adapters, names, folders.
     Case("bert-other-name", "bert-classifier", (lora("my-adapter_2"),), "SEQ_CLS"),
     Case("bert-subfolder", "bert-classifier", (lora(),), "SEQ_CLS", subfolder="inner/folder"),
@@ -457,6 +506,21 @@ CASES: tuple[Case, ...] = (
         (lora(modules_to_save=["classifier"], target_modules=["query"]),),
         inject=True,
     ),
+)
+
+
+# Adapters whose start is read off the weights, saved as they are and as plain ones. Left out, because the peer cannot: patterns
+# together with rsLoRA, a trained head (its converted file lacks it), OLoRA on Conv1D (its factors have the wrong shapes).
+CONVERSIONS: tuple[Case, ...] = tuple(
+    Case(f"{base}-{start}{label}", base, (lora(init_lora_weights=start, r=4, lora_alpha=6, **values),), task)
+    for start in ("pissa", "olora")
+    for label, base, task, values in (
+        ("", "bert-encoder", "FEATURE_EXTRACTION", {"target_modules": ["query", "dense"]}),
+        ("-rslora", "llama", "CAUSAL_LM", {"use_rslora": True}),
+        ("-patterns", "llama", "CAUSAL_LM", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}),
+        ("", "gpt2", "CAUSAL_LM", {"fan_in_fan_out": True}),
+    )
+    if (start, base) != ("olora", "gpt2")
 )
 
 

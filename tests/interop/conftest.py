@@ -181,6 +181,15 @@ class Lab:
         self.created(case)
         return self._run("load", case, {"ours": "saved-by-peer", "peer": "saved-by-ours"})
 
+    def converted(self, case: Case) -> dict[str, Report]:
+        """Reports of saving an adapter with a start read off the weights, as it is and as a plain one."""
+        return self._run("convert", case, {"ours": "saved-by-ours", "peer": "saved-by-peer"})
+
+    def read_converted(self, case: Case) -> dict[str, Report]:
+        """Reports, by who *read*, of loading both forms that the other one saved."""
+        self.converted(case)
+        return self._run("read_converted", case, {"ours": "saved-by-peer", "peer": "saved-by-ours"})
+
     def saved(self, case: Case, who: str) -> Path:
         """The folder that this one saved."""
         report = self.created(case)[who]

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from cases import BASES, CASES
+from cases import BASES, CASES, CONVERSIONS
 from oracle_combining import combined, on_tensors
 from oracle_mistakes import mistakes
 from oracle_models import build_base, make_config, make_inputs, numbers
@@ -500,6 +500,40 @@ def inject_by_keys(case: Any, bases: str, folder: str) -> dict[str, torch.Tensor
     return patient.run(patient.model.eval())
 
 
+# -- starts that are read off the weights ----------------------------------------------------------------------------
+
+
+def convert(case: Any, bases: str, folder: str, out: str) -> None:
+    """Make an adapter with such a start, keep the start, train it a little, and save it as it is and as a plain one."""
+    record, adapter, root = Record(), case.adapters[0], Path(folder)
+    patient = Patient(build_base(case, bases), case)
+    record.note("outputs of the base", patient.run)
+    patient.model = model = peft.get_peft_model(patient.model, make_config(case, adapter)).eval()
+    record.note("outputs when fresh", patient.run)
+    config = model.peft_config["default"]
+    config.init_lora_weights = True
+    model.save_pretrained(str(root / "start"))
+    config.init_lora_weights = adapter.values["init_lora_weights"]
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.requires_grad:
+                param.add_(0.1 * numbers(name, param.shape))
+    record.note("outputs", patient.run)
+    model.save_pretrained(str(root / "as-it-is"))
+    model.save_pretrained(str(root / "plain"), path_initial_model_for_weight_conversion=str(root / "start"))
+    record.write(out)
+
+
+def read_converted(case: Any, bases: str, folder: str, out: str) -> None:
+    """Read both forms of what :func:`convert` saved."""
+    record = Record()
+    for form in ("as-it-is", "plain"):
+        patient = Patient(build_base(case, bases), case)
+        patient.model = peft.PeftModel.from_pretrained(patient.model, str(Path(folder) / form)).eval()
+        record.note(f"outputs {form}", patient.run)
+    record.write(out)
+
+
 # -- the process -----------------------------------------------------------------------------------------------------
 
 
@@ -518,8 +552,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if operation == "mistakes":
         return mistakes(**request)
     name = request.pop("case")
-    case = next(case for case in CASES if case.name == name)
-    {"create": create, "load": load}[operation](case, **request)
+    case = next(case for case in CASES + CONVERSIONS if case.name == name)
+    {"create": create, "load": load, "convert": convert, "read_converted": read_converted}[operation](case, **request)
     return {}
 
 

@@ -32,6 +32,8 @@ FUNCTIONS = (
     "peft.helpers.update_forward_signature",
     "peft.helpers.update_generate_signature",
     "peft.helpers.update_signature",
+    "peft.optimizers.create_lorafa_optimizer",
+    "peft.optimizers.create_loraplus_optimizer",
     "peft.utils._get_submodules",
     "peft.utils.get_peft_model_state_dict",
     "peft.utils.load_peft_weights",

@@ -383,6 +383,40 @@ def test_auto_model_reads_a_causal_model(bases: dict[str, str], tmp_path: Path) 
     assert torch.equal(read.generate(input_ids=IDS, **options), model.generate(input_ids=IDS, **options))
 
 
+VARIANTS = {
+    "dora": {"use_dora": True},
+    "dora-embedding": {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]},
+    "lora-bias": {"lora_bias": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_auto_model_reads_every_tensor_of_a_variant(
+    bases: dict[str, str], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Magnitudes and biases of B have keys of their own kind; none may be lost on the way, in either of transformers' ways."""
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", **options)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(bases["llama"]), config)
+    shake(model).save_pretrained(tmp_path)
+    close(logits(AutoModelForCausalLM.from_pretrained(str(tmp_path))), logits(model))
+    native = LlamaForCausalLM.from_pretrained(bases["llama"])
+    native.load_adapter(str(tmp_path))
+    close(logits(native), logits(model))
+    native.save_pretrained(tmp_path / "native")
+    assert file_keys(tmp_path / "native") == file_keys(tmp_path)
+    close(logits(AutoModelForCausalLM.from_pretrained(str(tmp_path / "native"))), logits(model))
+
+
+def test_native_dora_trains_its_magnitudes(bases: dict[str, str]) -> None:
+    native = LlamaForCausalLM.from_pretrained(bases["llama"])
+    before = logits(native)
+    native.add_adapter(LoraConfig(target_modules=["q_proj"], use_dora=True))
+    assert torch.equal(logits(native), before)
+    assert {name.rsplit(".", 3)[1] for name in trainable(native)} == {"lora_A", "lora_B", "lora_magnitude_vector"}
+
+
 @pytest.mark.parametrize(("base", "labels"), [("head of 2", 2), ("headless", 5)])
 def test_text_classification_pipeline(
     bases: dict[str, str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, base: str, labels: int

@@ -387,10 +387,10 @@ def _materialise(model: nn.Module, adapter_name: str) -> None:
                 continue  # the base model itself has no weights yet
             target = file_prefix(name).removeprefix(PREFIX)
             target = target.rpartition(".")[0] if layer.is_attached else target
-            for slot, tensor in layer.build(config, target).tensors.items():
-                if adapter_name not in getattr(layer, slot):
+            for part, tensor in layer.build(config, target).tensors.items():
+                if adapter_name not in getattr(layer, part.partition(".")[0]):
                     continue  # another layer holds what all share
-                own_key = f"{slot}.{adapter_name}" + (".weight" if slot in layer.linear_slots else "")
+                own_key = layer.own_key(part, adapter_name)
                 if _tensor(layer, own_key).device.type == "meta":
                     _assign(layer, own_key, tensor)
         else:

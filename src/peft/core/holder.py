@@ -20,6 +20,8 @@ class BaseTunerLayer(nn.Module):
     """Attributes that hold parameters or modules by adapter."""
     other_param_names: ClassVar[tuple[str, ...]] = ()
     """Attributes that hold settings by adapter."""
+    vector_slots: ClassVar[tuple[str, ...]] = ()
+    """Attributes that hold modules around one parameter, whose name files leave out."""
 
     _disable_adapters: bool
     _active_adapter: list[str]
@@ -57,7 +59,7 @@ class BaseTunerLayer(nn.Module):
         for slot, entry in self.adapter_entries(name):
             if isinstance(entry, nn.Module):
                 for key, tensor in itertools.chain(entry.named_parameters(), entry.named_buffers()):
-                    yield f"{slot}.{key}", f"{slot}.{name}.{key}", tensor
+                    yield slot if slot in self.vector_slots else f"{slot}.{key}", f"{slot}.{name}.{key}", tensor
             else:
                 yield slot, f"{slot}.{name}", entry
 

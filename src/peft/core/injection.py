@@ -54,6 +54,7 @@ def inject(
     on_meta: bool = False,
     state_dict: Mapping[str, Any] | None = None,
     activate: bool = False,
+    autocast_adapter_dtype: bool = False,
 ) -> None:
     """Put a new adapter into a base model, in place.
 
@@ -68,6 +69,7 @@ def inject(
         on_meta: Make the parameters on the meta device, to be assigned from a file.
         state_dict: Tensors of the adapter: the layers that these name are adapted, whatever the configuration says.
         activate: Make a further adapter the active one.
+        autocast_adapter_dtype: Keep its parameters in float32 where the base model is in half precision, which trains stably.
 
     Raises:
         ValueError: The name is taken or unsuitable, or the configuration does not suit the model. The model is as it was.
@@ -92,7 +94,7 @@ def inject(
         if isinstance(targets, str) and (targets.lower() == ALL_LINEAR or filtered):
             # Names say it all; a configuration cannot have both an expression and a choice of layers.
             targets = shortest_names(places, base_modules(model))
-        placements = _build(model, config, tuner_cls, places, on_meta)
+        placements = _build(model, config, tuner_cls, places, on_meta, autocast_adapter_dtype)
         _check_patterns(config, places)
         _check_sharded(config, placements)
         _check_bias(config, known)
@@ -174,7 +176,12 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def _build(
-    model: nn.Module, config: Any, tuner_cls: type[BaseTuner], places: dict[str, nn.Module], on_meta: bool
+    model: nn.Module,
+    config: Any,
+    tuner_cls: type[BaseTuner],
+    places: dict[str, nn.Module],
+    on_meta: bool,
+    autocast_adapter_dtype: bool,
 ) -> list[_Placement]:
     placements = []
     modules = base_modules(model)
@@ -193,6 +200,8 @@ def _build(
             source = layer.input_of(config, name)
             if source is not None and source not in modules:
                 raise PeftError(f"it should read the input of {source!r}, which the model does not have")
+            if not autocast_adapter_dtype:
+                parts = parts.to(layer.device_and_dtype()[1])
         except (ValueError, NotImplementedError, PeftError) as error:
             raise type(error)(f"Cannot adapt {name!r}: {error}") from error
         placements.append(_Placement(name, layer, is_new, parts, source))

@@ -23,17 +23,30 @@ from .mixed import by_rows
 HALF = (torch.float16, torch.bfloat16)
 
 
+class Vector(nn.Module):
+    """A module that holds one parameter, ``weight``."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+
+
 @dataclass
 class Parts:
     """One adapter on one layer before it is installed.
 
     Args:
         values: Settings by name of the attribute that keeps them per adapter (``r``, ``scaling``, …).
-        tensors: Parameters by slot.
+        tensors: Parameters by slot; ``SLOT.bias`` is the bias of the layer in a linear slot.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Parts:
+        """The parts in another dtype, modules among the settings included."""
+        values = {k: v.to(dtype) if isinstance(v, nn.Module) else v for k, v in self.values.items()}
+        return Parts(values, {k: t.to(dtype) for k, t in self.tensors.items()})
 
 
 class AdapterLayer(BaseTunerLayer):
@@ -54,10 +67,12 @@ class AdapterLayer(BaseTunerLayer):
     ``slot.adapter.weight``). The first one reads the base layer's input; shapes come from ``self.kind.factor_shapes``."""
     parameter_slots: ClassVar[tuple[str, ...]] = ()
     """Slots that are plain parameters (state-dict key ``slot.adapter``)."""
+    vector_slots: ClassVar[tuple[str, ...]] = ()
+    """Slots that hold a module around one parameter (state-dict key ``slot.adapter.weight``, but ``slot`` alone in files)."""
     why_no_merge: str | None = None
     """Why the method cannot be merged, where it cannot; of a class, or of one layer."""
     delta_depends_on_weight: ClassVar[bool] = False
-    """Whether ΔW is a function of the weight that it is added to."""
+    """Whether ΔW is a function of the weight that it is added to; :meth:`needs_weight` where that differs by adapter."""
     shared_slots: ClassVar[tuple[str, ...]] = ()
     """Those of ``parameter_slots`` with one parameter for all layers of an adapter: the first layer holds it."""
     attached_as: ClassVar[str | None] = None
@@ -84,7 +99,7 @@ class AdapterLayer(BaseTunerLayer):
         self.matrix_shape = kind.shape(self.get_base_layer())
         self.cast_input_dtype_enabled = True
         self._first: dict[str, AdapterLayer] = {}
-        for slot in self.linear_slots:
+        for slot in self.linear_slots + self.vector_slots:
             setattr(self, slot, nn.ModuleDict())
         for slot in self.parameter_slots:
             setattr(self, slot, nn.ParameterDict())
@@ -92,7 +107,7 @@ class AdapterLayer(BaseTunerLayer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "adapter_layer_names" not in cls.__dict__:
-            cls.adapter_layer_names = cls.linear_slots + cls.parameter_slots
+            cls.adapter_layer_names = cls.linear_slots + cls.parameter_slots + cls.vector_slots
 
     # -- what a method says ----------------------------------------------------------------------------------------
 
@@ -121,7 +136,7 @@ class AdapterLayer(BaseTunerLayer):
 
         Args:
             name: The adapter.
-            weight: The weight that it is added to, where ``delta_depends_on_weight``.
+            weight: The weight that it is added to, where :meth:`needs_weight` says so.
         """
         raise NotImplementedError
 
@@ -134,8 +149,12 @@ class AdapterLayer(BaseTunerLayer):
         """
         return None
 
-    def delta_bias(self, name: str, bias: torch.Tensor) -> torch.Tensor | None:
-        """What merging adds to the bias, shape (out_features,); ``None``: nothing."""
+    def needs_weight(self, name: str) -> bool:
+        """Whether what an adapter changes depends on the weight and bias that it is added to."""
+        return self.delta_depends_on_weight
+
+    def delta_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """What the adapter adds to the layer's bias (``None``: it has none), shape (out_features,); ``None``: nothing."""
         return None
 
     def before(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +170,7 @@ class AdapterLayer(BaseTunerLayer):
             y: Its output so far, shaped likewise.
             earlier: Adapters that were applied to ``y`` before.
         """
-        weight = self.matrix(earlier) if self.delta_depends_on_weight else None
+        weight = self.matrix(earlier) if self.needs_weight(name) else None
         delta = self.delta(name, weight)
         return y + self.kind.product(self.get_base_layer(), self.cast_input(x, delta.dtype), delta)
 
@@ -247,8 +266,8 @@ class AdapterLayer(BaseTunerLayer):
         return not (self.live_adapters() if plan is None else any(self.has_adapter(n) for n in plan.names))
 
     def live_adapters(self) -> list[str]:
-        """The adapters that forward applies: active, on this layer, and not merged."""
-        if self._disable_adapters:
+        """The adapters that forward applies: active, on this layer, and not merged; none where a mixed batch's plan decides."""
+        if self._disable_adapters or self._shared.plan is not None:
             return []
         return [n for n in self._active_adapter if n not in self.merged_adapters and self.has_adapter(n)]
 
@@ -290,11 +309,23 @@ class AdapterLayer(BaseTunerLayer):
             weight = weight + self.delta(name, weight)
         return weight
 
+    def offset(self, names: Iterable[str]) -> torch.Tensor | None:
+        """The bias, shape (out_features,), with what adapters of this layer and all live ones of layers below add to it."""
+        if isinstance(self.base_layer, AdapterLayer):
+            bias = self.base_layer.offset(self.base_layer.live_adapters())
+        else:
+            bias = getattr(self.base_layer, "bias", None)
+        for name in names:
+            change = self.delta_bias(name, bias)
+            if change is not None:
+                bias = change if bias is None else bias + change
+        return bias
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """ΔW of an adapter in the layout of the base layer's weight."""
         if self.why_no_merge is not None:
             raise ValueError(f"{type(self).__name__} has no ΔW: {self.why_no_merge}.")
-        weight = self.matrix(()) if self.delta_depends_on_weight else None
+        weight = self.matrix(()) if self.needs_weight(adapter) else None
         return self.kind.from_matrix(self.get_base_layer(), self.delta(adapter, weight))
 
     # -- adapters --------------------------------------------------------------------------------------------------
@@ -307,17 +338,21 @@ class AdapterLayer(BaseTunerLayer):
             target: Full name of the adapted module.
             device: ``"meta"`` makes shapes only; otherwise the base layer's device is used.
 
+        Returns:
+            The parts, in float32 where the base layer is in half precision.
+
         Raises:
             ValueError: The configuration does not suit this layer.
         """
         settings = self.settings(config, target)
         shapes = self.shapes(config, settings)
         base_device, dtype = self.device_and_dtype()
+        dtype = torch.promote_types(dtype, torch.float32)
         if device is None and base_device.type == "meta":
             device = base_device
         if device is not None and torch.device(device).type == "meta":
             return Parts(settings, {s: torch.empty(shape, dtype=dtype, device="meta") for s, shape in shapes.items()})
-        tensors = {slot: torch.empty(shape, dtype=torch.float32) for slot, shape in shapes.items()}
+        tensors = {slot: torch.empty(shape, dtype=dtype) for slot, shape in shapes.items()}
         with torch.no_grad():
             self.start(tensors, config, settings)
         return Parts(settings, {s: t.to(device=base_device, dtype=dtype) for s, t in tensors.items()})
@@ -336,16 +371,29 @@ class AdapterLayer(BaseTunerLayer):
             if isinstance(value, nn.Module):
                 value.train(self.training)
             getattr(self, attribute)[name] = value
-        for slot, tensor in parts.tensors.items():
+        for key, tensor in parts.tensors.items():
+            slot, _, leaf = key.partition(".")
             if slot in self.shared_slots and name in self._first:
                 continue
-            if slot in self.linear_slots:
-                module = self.kind.factor(self.get_base_layer(), tensor, inner=slot == self.linear_slots[0])
+            if slot in self.parameter_slots:
+                getattr(self, slot)[name] = nn.Parameter(tensor, requires_grad=False)
+            elif leaf:
+                getattr(self, slot)[name].register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            else:
+                module = self._module_for(slot, tensor)
                 module.requires_grad_(False)
                 module.training = self.training
                 getattr(self, slot)[name] = module
-            else:
-                getattr(self, slot)[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def _module_for(self, slot: str, tensor: torch.Tensor) -> nn.Module:
+        if slot in self.vector_slots:
+            return Vector(tensor)
+        return self.kind.factor(self.get_base_layer(), tensor, inner=slot == self.linear_slots[0])
+
+    def own_key(self, part: str, name: str) -> str:
+        """Where a tensor of :class:`Parts` lies in this module once it is installed."""
+        slot, _, leaf = part.partition(".")
+        return f"{slot}.{name}" if slot in self.parameter_slots else f"{slot}.{name}.{leaf or 'weight'}"
 
     def retune(self, name: str, settings: dict[str, Any]) -> None:
         """Give an adapter that is in use other settings, see :meth:`settings`."""
@@ -399,13 +447,16 @@ class AdapterLayer(BaseTunerLayer):
 
     # -- merging ---------------------------------------------------------------------------------------------------
 
-    def why_not_mergeable(self) -> str | None:
-        """Why nothing can be merged here, or ``None`` where it can."""
+    def why_not_mergeable(self, names: Sequence[str] = ()) -> str | None:
+        """Why adapters cannot be merged here, or ``None`` where they can."""
         below: Any = self.base_layer if self.why_no_merge is None else None
         while isinstance(below, AdapterLayer):
             if below.why_no_merge is not None and not below.is_idle:
                 return f"an adapter between it and the weight, a {type(below).__name__}, cannot be merged"
             below = below.base_layer
+        bias = getattr(self.get_base_layer(), "bias", None)
+        if bias is None and any(self.delta_bias(name, None) is not None for name in names):
+            return "it has no bias to merge the adapter's into; use the adapter unmerged"
         return self.why_no_merge or self.kind.why_not_mergeable(self.get_base_layer())
 
     def merge(

@@ -113,7 +113,7 @@ def merged_weights(
         for adapted, name in entries:
             if new_bias is not None and (change := adapted.delta_bias(name, new_bias)) is not None:
                 new_bias = new_bias + change.to(wide)
-            matrix = matrix + adapted.delta(name, matrix if adapted.delta_depends_on_weight else None).to(wide)
+            matrix = matrix + adapted.delta(name, matrix if adapted.needs_weight(name) else None).to(wide)
     matrix = kind.from_matrix(base, matrix).to(weight.dtype)
     return matrix, None if bias is None or new_bias is None else new_bias.to(bias.dtype)
 
@@ -131,7 +131,7 @@ def merge_layer(
     names = names_to_merge(layer, adapter_names)
     if not names:
         return
-    if (reason := layer.why_not_mergeable()) is not None:
+    if (reason := layer.why_not_mergeable(names)) is not None:
         raise ValueError(f"Cannot merge {shorten(names)}: {reason}.")
     base: Any = layer.get_base_layer()
     record = record_of(layer)
@@ -154,7 +154,7 @@ def merge_layer(
             "was merged. The adapter is broken, or its scale overflows the weight's dtype."
         )
     record.write("weight", weight)
-    if bias_value is not None and any(_changes_bias(adapted) for adapted, _ in entries):
+    if bias_value is not None and any(_changes_bias(*entry) for entry in entries):
         record.write("bias", bias_value)
     record.entries = entries
     record.stamp()
@@ -173,7 +173,7 @@ def unmerge_layer(layer: AdapterLayer, adapter_names: Sequence[str] | None) -> N
         _drop_originals(record)
     leaving = [(adapted, n) for adapted, n in record.entries if adapted is layer and n in names]
     staying = [entry for entry in record.entries if not (entry[0] is layer and entry[1] in names)]
-    touches_bias = any(_changes_bias(adapted) for adapted, _ in record.entries)
+    touches_bias = any(_changes_bias(*entry) for entry in record.entries)
     if record.originals:
         start = {k: t.to(base.weight.device) for k, t in record.originals.items()}
         weight, bias = start["weight"], start.get("bias")
@@ -183,7 +183,7 @@ def unmerge_layer(layer: AdapterLayer, adapter_names: Sequence[str] | None) -> N
         if bias is not None and touches_bias:
             record.write("bias", bias)
     else:
-        dependent = [n for adapted, n in leaving if adapted.delta_depends_on_weight or _changes_bias(adapted)]
+        dependent = [n for adapted, n in leaving if adapted.needs_weight(n)]
         if dependent:
             raise PeftError(
                 f"Cannot subtract {shorten(dependent)}: the method's change depends on the weight it was added to, and no "
@@ -191,10 +191,15 @@ def unmerge_layer(layer: AdapterLayer, adapter_names: Sequence[str] | None) -> N
             )
         wide = torch.promote_types(base.weight.dtype, torch.float32)
         matrix = layer.kind.to_matrix(base, base.weight.detach()).to(wide)
+        offset = base.bias.detach().to(wide) if touches_bias else None
         with torch.no_grad():
             for adapted, name in leaving:
                 matrix = matrix - adapted.delta(name, None).to(wide)
+                if offset is not None and (change := adapted.delta_bias(name, offset)) is not None:
+                    offset = offset - change.to(wide)
         record.write("weight", layer.kind.from_matrix(base, matrix).to(base.weight.dtype))
+        if offset is not None:
+            record.write("bias", offset.to(base.bias.dtype))
     record.entries = staying
     layer.merged_adapters = [n for n in layer.merged_adapters if n not in names]
     if staying:
@@ -214,10 +219,9 @@ def _drop_originals(record: MergeRecord) -> None:
     )
 
 
-def _changes_bias(layer: AdapterLayer) -> bool:
-    from .layer import AdapterLayer
-
-    return type(layer).delta_bias is not AdapterLayer.delta_bias
+def _changes_bias(layer: AdapterLayer, name: str) -> bool:
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    return bias is not None and layer.delta_bias(name, bias) is not None
 
 
 # -- the whole model -------------------------------------------------------------------------------------------------
@@ -280,7 +284,7 @@ def check_mergeable(model: nn.Module, layers: Sequence[tuple[str, AdapterLayer, 
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{module_name}.{key}" if module_name else key)
     for name, layer, names in layers:
-        if (reason := layer.why_not_mergeable()) is not None:
+        if (reason := layer.why_not_mergeable(names)) is not None:
             raise ValueError(f"Cannot merge {shorten(names)} into {name!r}: {reason}.")
         sharing = owners.get(id(layer.get_base_layer().weight), [])
         if len(sharing) > 1:

@@ -152,29 +152,31 @@ def _plan(name: str, layer: BaseTunerLayer, adapter_name: str, config: Any, give
         )
     target = checkpoints.file_prefix(name)
     settings: dict[str, Any] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     if isinstance(layer, AdapterLayer):
         settings = layer.settings(config, target.removeprefix(checkpoints.PREFIX))
-        shapes = layer.shapes(config, settings)
+        parts = layer.shapes(config, settings)
+        shapes = {layer.own_key(part, adapter_name): (part, shape) for part, shape in parts.items()}
     places = {
         f"{target}.{file_key}" if target else file_key: own_key
         for file_key, own_key, _ in layer.adapter_tensors(adapter_name)
     }
     absent = [key for key in places if key not in given]
-    can_be_left_out = isinstance(layer, AdapterLayer) and layer.zeros_do_nothing
+    can_be_left_out = (
+        isinstance(layer, AdapterLayer) and layer.zeros_do_nothing and not layer.needs_weight(adapter_name)
+    )
     if absent and not (can_be_left_out and len(absent) == len(places)):
         raise ValueError(f"The new adapter lacks tensors for {name!r}: {shorten(absent)}. Is its file complete?")
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for key, own_key in places.items():
         parameter = layer.get_parameter(own_key)
-        slot = own_key.partition(".")[0]
-        shape = tuple(shapes.get(slot, parameter.shape))
+        part, shape = shapes.get(own_key, ("", tuple(parameter.shape)))
         value = given[key].to(parameter) if key in given else parameter.new_zeros(shape)
         if value.shape != shape:
             raise ValueError(
                 f"{key} has the shape {tuple(value.shape)}; with its configuration it should have {shape}."
             )
         if isinstance(layer, AdapterLayer):
-            value = layer.into_room(adapter_name, slot, value, parameter.shape)
+            value = layer.into_room(adapter_name, part, value, parameter.shape)
         pairs.append((parameter, value))
     return _Swap(layer, pairs, settings)

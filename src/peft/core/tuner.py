@@ -17,7 +17,7 @@ from .combining import Combination, combine
 from .errors import PeftWarning, shorten
 from .extra_modules import ModulesToSaveWrapper
 from .holder import BaseTunerLayer, adapted_modules, require_adapters
-from .injection import cast_adapter_dtype, inject
+from .injection import inject
 from .layer import AdapterLayer
 from .replication import restore
 from .targets import resolve_defaults
@@ -32,6 +32,7 @@ class BaseTuner(nn.Module):
         adapter_name: Name of the first adapter.
         low_cpu_mem_usage: Make the adapter's parameters on the meta device.
         state_dict: Adapt the layers that these tensors name.
+        autocast_adapter_dtype: Keep the adapter's parameters in float32 where the base model is in half precision.
 
     Raises:
         ValueError: The configuration does not suit the model.
@@ -51,11 +52,15 @@ class BaseTuner(nn.Module):
         adapter_name: str = "default",
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        autocast_adapter_dtype: bool = False,
     ) -> None:
         super().__init__()
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
-            inject(model, config, name, type(self), on_meta=low_cpu_mem_usage, state_dict=state_dict)
+            inject(
+                model, config, name, type(self), on_meta=low_cpu_mem_usage, state_dict=state_dict,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )  # fmt: skip
         self.model = model
         self.peft_config: dict[str, Any] = model.peft_config  # type: ignore[assignment]
 
@@ -83,6 +88,27 @@ class BaseTuner(nn.Module):
         """Wrap a layer."""
         return cls.layer_cls(base_layer)
 
+    def for_file(
+        self, adapter_name: str, tensors: dict[str, torch.Tensor], config: Any, initial: str | None = None
+    ) -> tuple[dict[str, torch.Tensor], Any]:
+        """Change what is written of an adapter.
+
+        Args:
+            adapter_name: The adapter.
+            tensors: Its tensors by file key.
+            config: Its configuration, a copy.
+            initial: Folder or Hub id of the adapter as it was at the start, where the user gives it to have it subtracted.
+
+        Raises:
+            ValueError: The method has no such start, or the folder holds another one.
+        """
+        if initial is not None:
+            raise ValueError(
+                f"path_initial_model_for_weight_conversion is given, but adapters of type {type(self).__name__} are not measured "
+                "against a start that could be subtracted. Leave it out."
+            )
+        return tensors, config
+
     # -- adapters --------------------------------------------------------------------------------------------------
 
     def inject_adapter(
@@ -95,8 +121,10 @@ class BaseTuner(nn.Module):
     ) -> None:
         """Add the adapter whose configuration stands in ``peft_config`` under this name."""
         config = self.peft_config.pop(adapter_name)
-        inject(model, config, adapter_name, type(self), on_meta=low_cpu_mem_usage, state_dict=state_dict)
-        cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
+        inject(
+            model, config, adapter_name, type(self), on_meta=low_cpu_mem_usage, state_dict=state_dict,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters active and trainable, all others inactive and frozen.

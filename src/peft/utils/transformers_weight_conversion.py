@@ -30,7 +30,10 @@ def build_peft_weight_mapping(
         return mapping
     layer_cls = get_method(peft_config.peft_type).tuner_cls.layer_cls
     for slot in layer_cls.linear_slots:
-        mapping.append(WeightRenaming(rf"\.{re.escape(slot)}\.weight$", f".{slot}.{adapter_name}.weight"))
+        for leaf in ("weight", "bias"):
+            mapping.append(WeightRenaming(rf"\.{re.escape(slot)}\.{leaf}$", f".{slot}.{adapter_name}.{leaf}"))
+    for slot in layer_cls.vector_slots:
+        mapping.append(WeightRenaming(rf"\.{re.escape(slot)}$", f".{slot}.{adapter_name}.weight"))
     for slot in layer_cls.parameter_slots:
         mapping.append(WeightRenaming(rf"\.{re.escape(slot)}$", f".{slot}.{adapter_name}"))
     return mapping

@@ -11,11 +11,12 @@ from typing import Any, get_args
 import torch
 
 from ...core.combining import Combination, Share
-from ...core.errors import did_you_mean, doubt
+from ...core.errors import did_you_mean, doubt, shorten
 from ...core.layer import Parts
 from ...kernels import combining as kernels
 from ...kernels.combining import SignMethod
 from .layer import LoraLayer
+from .starts import reads_weight
 
 # By the first part of a combination type: how a list of tensors with weights becomes one tensor.
 _SUMS: dict[str, Callable[..., torch.Tensor]] = {
@@ -80,6 +81,14 @@ class LoraCombination(Combination):
 
     def config(self, configs: Sequence[Any], shares: Sequence[Share]) -> Any:
         new = super().config(configs, shares)
+        kept = [field for field in ("use_dora", "lora_bias") if any(getattr(c, field) for c in configs)]
+        if kept:
+            raise ValueError(
+                f"Adapters with {shorten(kept)} cannot be combined: what they do is more than a product of two factors, so a sum of "
+                "products would lose it. Merge them one after the other, or activate them together."
+            )
+        if reads_weight(new.init_lora_weights):
+            new.init_lora_weights = True  # the factors hold what the start was measured against
         ranks = [[a.shape[0] for a in _factors(share)[0]] for share in shares]
         if self.combination_type == "cat":
             new.r = max(map(sum, ranks))

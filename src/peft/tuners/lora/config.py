@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...config import PeftType, WeightConfig
+from .starts import reads_weight
+
+STARTS = "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N' with a number N, or 'olora'"
 
 
 @dataclass
@@ -40,13 +43,19 @@ class LoraConfig(WeightConfig):
         use_rslora: ``s = lora_alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv 2312.03732).
         modules_to_save: Modules trained in full and saved with the adapter.
         init_lora_weights: ``True``: A Kaiming-uniform, B zero; ``"gaussian"``: A normal with deviation 1/r, B zero; ``False``:
-            both random, for tests only. On embeddings A is zero and B standard normal.
+            both random, for tests only. On embeddings A is zero and B standard normal. ``"pissa"``: the principal part of the
+            weight, ``"pissa_niter_N"``: the same by N steps of a fast randomised decomposition (Meng et al. 2024,
+            arXiv 2404.02948); ``"olora"``: the first part of its QR decomposition (Büyükakyüz 2024, arXiv 2406.01775);
+            ``"orthogonal"``: neither zero, but orthogonal to one another. With the first three the adapter's change is measured
+            against its start, so that a fresh one changes nothing.
         layers_to_transform: Numbers of the layers to adapt.
         layers_pattern: Name of the list that holds the layers, where it is not found by itself.
         rank_pattern: Ranks that differ from ``r``, by name, suffix or regular expression.
         alpha_pattern: The same for ``lora_alpha``.
         layer_replication: Ranges ``[start, end)`` of the base model's layers that follow one another in a deeper model. Layers that
             occur several times share their weights; each place has an adapter of its own.
+        use_dora: Adapt the weight's magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
+        lora_bias: Give B a trained bias, which merging adds to the layer's.
 
     The other fields are those of the field's common configuration. Any that is not built yet raises ``NotImplementedError`` when it
     is set; none is ignored.
@@ -93,9 +102,9 @@ class LoraConfig(WeightConfig):
     ensure_weight_tying: bool = False
 
     _not_built = (
-        "megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora",
-        "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "lora_bias",
-        "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
+        "megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "target_parameters",
+        "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
     )  # fmt: skip
 
     swap_keys = ("use_dora", "lora_bias", "lora_dropout", "bias")
@@ -107,6 +116,10 @@ class LoraConfig(WeightConfig):
             raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r!r}.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"`lora_dropout` is a probability, at least 0 and below 1, got {self.lora_dropout!r}.")
+        if self.lora_bias and self.use_dora:
+            raise ValueError(
+                "`lora_bias=True` does not go with `use_dora=True`: the magnitude would scale the bias too. Leave one of them out."
+            )
         self._check_built()
 
     def _check_built(self) -> None:
@@ -118,14 +131,12 @@ class LoraConfig(WeightConfig):
             listed = ", ".join(f"{n}={getattr(self, n)!r}" for n in unbuilt)
             raise NotImplementedError(f"LoraConfig: {listed} is not built in this version of peft. Leave it out.")
         start = self.init_lora_weights
-        known = (True, False, "gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
-        if start not in known and not (isinstance(start, str) and start.startswith("pissa_niter_")):
-            raise ValueError(f"`init_lora_weights` should be True, False or 'gaussian', got {start!r}.")
-        if start not in (True, False, "gaussian"):
+        if start in ("eva", "corda", "loftq", "mica", "lora_ga"):
             raise NotImplementedError(
-                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} is not built in this version of peft. Built: True, "
-                "False, 'gaussian'."
+                f"LoraConfig: init_lora_weights={start!r} is not built in this version of peft. Built: {STARTS}."
             )
+        if not isinstance(start, bool) and start not in ("gaussian", "orthogonal") and not reads_weight(start):
+            raise ValueError(f"`init_lora_weights` should be {STARTS}, got {start!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary, settings that are not saved left out."""

@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from ...core.errors import doubt
+from ...core.kinds import has_plain_weight
 from ...core.layer import AdapterLayer
 from ...kernels.combining import pad_to
 from ...kernels.low_rank import add_low_rank, low_rank_linear
 from ...kernels.recompute import Memo
+from .dora import DORA
+from .starts import as_plain, decompose, orthogonal, reads_weight
+from .variants import PLAIN, Plain
 
 
 class LoraLayer(AdapterLayer):
@@ -21,13 +25,15 @@ class LoraLayer(AdapterLayer):
 
     ``lora_A[name].weight`` has shape (r, in_features) and ``lora_B[name].weight`` (out_features, r); on embeddings the parameters
     ``lora_embedding_A[name]`` and ``lora_embedding_B[name]`` have these shapes. On convolutions A is a convolution with the layer's
-    kernel, stride, padding and dilation, from in_channels to r, and B one with a kernel of 1 and the layer's groups.
+    kernel, stride, padding and dilation, from in_channels to r, and B one with a kernel of 1 and the layer's groups. Adapters with
+    ``use_dora`` have a value for each output feature in ``lora_magnitude_vector[name].weight``.
     """
 
     linear_slots = ("lora_A", "lora_B")
     parameter_slots = ("lora_embedding_A", "lora_embedding_B")
     zeros_do_nothing = True
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
+    vector_slots = ("lora_magnitude_vector",)
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "lora_start", "use_dora", "lora_bias")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -35,6 +41,9 @@ class LoraLayer(AdapterLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, Any] = {}  # a number, or a tensor of one (see make_room)
         self.lora_dropout = nn.ModuleDict()
+        self.lora_start = nn.ModuleDict()
+        self.use_dora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
         self._start_scaling: dict[str, float] = {}
         if getattr(self.get_base_layer(), "groups", 1) > 1:
             self.why_no_merge = (
@@ -55,48 +64,109 @@ class LoraLayer(AdapterLayer):
                 f"Setting fan_in_fan_out to {stored_transposed}."
             )
             config.fan_in_fan_out = stored_transposed
-        return {
+        variant_of(config.use_dora).check(self, config)
+        if config.lora_bias and self.kind.takes_indices:
+            raise ValueError(f"lora_bias=True is for layers with a product, not for a {self.kind.name}")
+        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        start = (
+            {"lora_start": self._decompose(config.init_lora_weights, r, scaling)}
+            if reads_weight(config.init_lora_weights)
+            else {}
+        )
+        return start | {
             "r": r,
             "lora_alpha": alpha,
-            "scaling": alpha / math.sqrt(r) if config.use_rslora else alpha / r,
+            "scaling": scaling,
             "lora_dropout": nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity(),
+            "use_dora": config.use_dora,
+            "lora_bias": config.lora_bias,
         }
 
     def shapes(self, config: Any, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        return dict(zip(self._slots(), self.kind.factor_shapes(self.get_base_layer(), settings["r"]), strict=True))
+        shapes = dict(zip(self._slots(), self.kind.factor_shapes(self.get_base_layer(), settings["r"]), strict=True))
+        if config.lora_bias:
+            shapes["lora_B.bias"] = (self.out_features,)
+        return shapes | variant_of(config.use_dora).shapes(self)
 
     def start(self, tensors: dict[str, torch.Tensor], config: Any, settings: dict[str, Any]) -> None:
         a, b = (tensors[slot] for slot in self._slots())
+        if "lora_start" in settings:
+            a.copy_(settings["lora_start"].a.view(a.shape))
+            b.copy_(settings["lora_start"].b.view(b.shape))
+        elif config.init_lora_weights == "orthogonal":
+            orthogonal(a.flatten(1), b.flatten(1))
+        else:
+            self._start_at_zero(a, b, config.init_lora_weights)
+        if config.lora_bias:
+            tensors["lora_B.bias"].zero_()
+        change = None
+        if config.init_lora_weights is False:
+            change = self.kind.combine(self.get_base_layer(), b.flatten(1), a.flatten(1)) * settings["scaling"]
+        variant_of(config.use_dora).start(self, tensors, change)
+
+    def _start_at_zero(self, a: torch.Tensor, b: torch.Tensor, start: bool | str) -> None:
         random, zero = (b, a) if self.kind.takes_indices else (a, b)  # as the authors do on embeddings
         if self.kind.takes_indices:
             random.normal_()
-        elif config.init_lora_weights == "gaussian":
-            random.normal_(std=1 / settings["r"])
+        elif start == "gaussian":
+            random.normal_(std=1 / a.shape[0])
         else:
             nn.init.kaiming_uniform_(random, a=math.sqrt(5))
         zero.zero_()
-        if config.init_lora_weights is False:  # not the identity: for tests
+        if start is False:  # not the identity: for tests
             if self.kind.takes_indices:
                 zero.normal_()
             else:
                 nn.init.kaiming_uniform_(zero, a=math.sqrt(5))
 
+    def _decompose(self, start: str, rank: int, scaling: float) -> nn.Module:
+        base: Any = self.get_base_layer()
+        if not has_plain_weight(base) or self.kind.factor_shapes(base, rank)[1][1] != rank:
+            raise ValueError(
+                f"init_lora_weights={start!r} decomposes the layer's weight, but that of this {type(base).__name__} is no single "
+                "plain float matrix (quantised, or a grouped convolution). Use init_lora_weights=True there"
+            )
+        return decompose(start, self.kind.to_matrix(base, base.weight.detach()), rank, scaling)
+
+    def variant(self, name: str) -> Plain:
+        """How an adapter acts."""
+        return variant_of(self.use_dora[name])
+
+    def needs_weight(self, name: str) -> bool:
+        return self.variant(name).needs_weight
+
     def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
+        return self.variant(name).delta(self, name, weight)
+
+    def delta_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
+
+    def after(self, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()) -> torch.Tensor:
+        return self.variant(name).after(self, name, x, y, earlier)
+
+    def change(self, name: str) -> torch.Tensor:
+        """s B A of an adapter, of shape ``matrix_shape``."""
         a, b = self.factors(name)
         return self.kind.combine(self.get_base_layer(), b, a) * self.scaling[name]
 
-    def after(self, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()) -> torch.Tensor:
+    def add_change(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y + s B A x of an adapter, with its dropout on x."""
         a, b, scale = self.scaled_factors(name)
         base = self.get_base_layer()
         x = self.cast_input(x, a.dtype)
         if self.kind.is_matrix_product:
             x, rate = self._dropout(name, x)
-            return add_low_rank(y, x, a, b, scale, rate, self._memo)
-        if not self.kind.takes_indices:
-            x = self.lora_dropout[name](x)
-        return y + self.kind.mix(base, self.kind.product(base, x, a), b) * scale
+            y = add_low_rank(y, x, a, b, scale, rate, self._memo)
+        else:
+            if not self.kind.takes_indices:
+                x = self.lora_dropout[name](x)
+            y = y + self.kind.mix(base, self.kind.product(base, x, a), b) * scale
+        bias = self.delta_bias(name, None)
+        return y if bias is None else y + self.kind.channels(base, bias)
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if self.variant(name) is not PLAIN or self.lora_bias[name]:
+            return None
         a, b, scale = self.scaled_factors(name)
         if not (x.dtype == weight.dtype == a.dtype == b.dtype):
             return None
@@ -113,7 +183,17 @@ class LoraLayer(AdapterLayer):
         return dropout(x), 0.0
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A, shape (r, columns of the weight's matrix), and B, shape (out_features, r), of an adapter."""
+        """Factors of an adapter's change over s: A, shape (r, columns of the weight's matrix), and B, shape (out_features, r).
+
+        Where it is measured against a start (PiSSA, OLoRA) they are those of ``B A − B₀ A₀``, of rank 2r.
+        """
+        a, b = self._own_factors(name)
+        if name not in self.lora_start:
+            return a, b
+        start: Any = self.lora_start[name]
+        return as_plain(a, b, start.a, start.b)
+
+    def _own_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         if self.kind.takes_indices:
             return self.lora_embedding_A[name], self.lora_embedding_B[name]
         return self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
@@ -126,6 +206,24 @@ class LoraLayer(AdapterLayer):
 
     def _slots(self) -> tuple[str, str]:
         return ("lora_embedding_A", "lora_embedding_B") if self.kind.takes_indices else ("lora_A", "lora_B")
+
+    # -- starts that were read off the weight ----------------------------------------------------------------------
+
+    def has_moved(self, name: str) -> bool:
+        """Whether an adapter with a start is no longer at it."""
+        start: Any = self.lora_start[name]
+        a, b = self._own_factors(name)
+        rank = self.r[name]
+        return not (torch.equal(a[:rank], start.a.to(a)) and torch.equal(b[:, :rank], start.b.to(b)))
+
+    def leave_out(self, names: Sequence[str]) -> None:
+        """Take the parts that these adapters started from out of the base weight, for good."""
+        base: Any = self.get_base_layer()
+        with torch.no_grad():
+            for name in names:
+                start: Any = self.lora_start[name]
+                part = self.kind.combine(base, start.b, start.a) * self.scaling[name]
+                base.weight.sub_(self.kind.from_matrix(base, part).to(base.weight))
 
     # -- scaling at run time ---------------------------------------------------------------------------------------
 
@@ -166,10 +264,14 @@ class LoraLayer(AdapterLayer):
         self.r[name], self.lora_alpha[name] = settings["r"], settings["lora_alpha"]
         self.rescale(name, settings["scaling"])
         self._start_scaling.pop(name, None)
+        if "lora_start" in settings:
+            self.lora_start[name] = settings["lora_start"]
+        elif name in self.lora_start:
+            del self.lora_start[name]
 
     def make_room(self, rank: int | None, *, dry_run: bool = False) -> None:
         for name in self.adapter_names():
-            a, b = (self.get_parameter(self._key(slot, name)) for slot in self._slots())
+            a, b = (self.get_parameter(self.own_key(slot, name)) for slot in self._slots())
             wide = a.shape[0] if rank is None else rank
             if wide < a.shape[0]:
                 raise ValueError(
@@ -199,27 +301,29 @@ class LoraLayer(AdapterLayer):
         for file_key, own_key, tensor in super().adapter_tensors(name):
             if isinstance(self.scaling.get(name), torch.Tensor):
                 groups = self._groups(name)
-                if own_key == self._key(a_slot, name):
+                if own_key == self.own_key(a_slot, name):
                     tensor = tensor.unflatten(0, (groups, -1))[:, : self.r[name] // groups].flatten(0, 1)
-                elif own_key == self._key(b_slot, name):
+                elif own_key == self.own_key(b_slot, name):
                     tensor = tensor[:, : self.r[name] // groups]
             yield file_key, own_key, tensor
 
     def _groups(self, name: str) -> int:
         """Into how many groups A's rows fall, for B's rows to read one each: more than one on grouped convolutions."""
-        a, b = (self.get_parameter(self._key(slot, name)) for slot in self._slots())
+        a, b = (self.get_parameter(self.own_key(slot, name)) for slot in self._slots())
         return a.shape[0] // b.shape[1]
-
-    def _key(self, slot: str, name: str) -> str:
-        return f"{slot}.{name}.weight" if slot in self.linear_slots else f"{slot}.{name}"
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._start_scaling.pop(adapter_name, None)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter can be written as plain LoRA: it is."""
-        return True
+        """Whether the adapter can be written as plain LoRA: it is, unless it has magnitudes."""
+        return not self.use_dora.get(adapter_name, False)
+
+
+def variant_of(use_dora: bool) -> Plain:
+    """The variant that a configuration asks for."""
+    return DORA if use_dora else PLAIN
 
 
 def _with_room(factor: torch.Tensor, shape: Sequence[int], groups: int) -> torch.Tensor:

@@ -1,0 +1,96 @@
+"""DoRA: a weight's magnitude and direction, adapted apart (Liu et al. 2024, arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...core.kinds import has_plain_weight
+from .variants import Plain
+
+if TYPE_CHECKING:
+    from .layer import LoraLayer
+
+SLOT = "lora_magnitude_vector"
+
+
+class Dora(Plain):
+    """DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5): ``W' = m V / ‖V‖`` with ``V = W + s B A``.
+
+    ‖V‖ holds the norm of each row of V as a matrix (out_features, …): the paper writes weights the other way round and takes
+    columns. ``m``, one value for each output feature, starts as the norm of W, so that W' = W. The norm counts as a constant in
+    the backward pass (section 4.3, eq. 11): the gradients are those of ``y = c ⊙ V x`` with ``c = m / ‖V‖``, the base layer's
+    product is computed once, and nothing of the weight's size is kept.
+    """
+
+    needs_weight = True
+
+    def shapes(self, layer: LoraLayer) -> dict[str, tuple[int, ...]]:
+        out_features = layer.out_features
+        return {
+            SLOT: tuple(layer.kind.channels(layer.get_base_layer(), torch.empty(out_features, device="meta")).shape)
+        }
+
+    def check(self, layer: LoraLayer, config: Any) -> None:
+        base = layer.get_base_layer()
+        if not has_plain_weight(base):
+            raise ValueError(
+                f"DoRA takes the norm of the layer's weight, but that of this {type(base).__name__} is no plain float matrix "
+                "(quantised?). Set use_dora=False, or dequantise the model first"
+            )
+        if layer.why_no_merge is not None:
+            raise ValueError(
+                "DoRA scales the rows of the weight with LoRA's change in it, and there is no such weight on a grouped convolution, "
+                "where A reads all channels. Set use_dora=False there, or leave it out with `exclude_modules`"
+            )
+
+    def start(self, layer: LoraLayer, tensors: dict[str, torch.Tensor], change: torch.Tensor | None) -> None:
+        magnitude = tensors[SLOT]
+        magnitude.copy_(row_norms(layer.matrix(()), change).view(magnitude.shape))
+
+    def delta(self, layer: LoraLayer, name: str, weight: torch.Tensor | None) -> torch.Tensor:
+        assert weight is not None
+        change = layer.change(name)
+        return self.scale(layer, name, row_norms(weight, change))[:, None] * (weight + change) - weight
+
+    def after(
+        self, layer: LoraLayer, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str]
+    ) -> torch.Tensor:
+        base, kind = layer.get_base_layer(), layer.kind
+        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+            norms = row_norms(layer.matrix(earlier), layer.change(name))
+        scale = self.scale(layer, name, norms)
+        # The bias is no part of W: y holds it, so it is scaled along and what that changes is put back.
+        bias = layer.offset(earlier)
+        y = layer.add_change(name, x, y)
+        if bias is None:
+            return y * kind.channels(base, scale)
+        return torch.addcmul(kind.channels(base, bias * (1 - scale)), y, kind.channels(base, scale))
+
+    def scale(self, layer: LoraLayer, name: str, norms: torch.Tensor) -> torch.Tensor:
+        """m / ‖V‖, shape (out_features,)."""
+        magnitude = layer.lora_magnitude_vector[name].weight.flatten()
+        return magnitude / norms.to(magnitude.dtype)
+
+
+def row_norms(weight: torch.Tensor, change: torch.Tensor | None) -> torch.Tensor:
+    """Norm of each row of ``weight + change``, in at least float32, as a constant.
+
+    Args:
+        weight: (rows, columns).
+        change: The same shape, or ``None`` for zero.
+
+    Returns:
+        (rows,)
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        total = weight.to(wide) if change is None else change.to(weight.device, wide) + weight
+        return torch.linalg.vector_norm(
+            total.contiguous(), dim=1
+        )  # in one layout, so that equal weights have equal norms
+
+
+DORA = Dora()
