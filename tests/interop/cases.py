@@ -10,6 +10,7 @@ FP32_TOLERANCE = 1e-5
 # bfloat16 keeps 8 bits of mantissa: one rounding is 2**-9 = 0.2 %. Two layers of a dozen rounded products in another
 # order stay within 3 % of the largest logit.
 BF16_TOLERANCE = 3e-2
+FP16_TOLERANCE = 4e-3  # three more bits
 
 
 @dataclass(frozen=True)
@@ -414,6 +415,14 @@ CASES: tuple[Case, ...] = (
         dtype="bfloat16",
         wrap={"autocast_adapter_dtype": False},
         tolerance=BF16_TOLERANCE,
+    ),
+    Case(
+        "llama-float16",
+        "llama",
+        (lora(target_modules="all-linear"),),
+        "CAUSAL_LM",
+        dtype="float16",
+        tolerance=FP16_TOLERANCE,
     ),
     Case("bert-bfloat16", "bert-classifier", (lora(),), "SEQ_CLS", dtype="bfloat16", tolerance=BF16_TOLERANCE),
     Case(
