@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
 from settings import ONE_EACH, ONE_EACH_IDS, SETTINGS, randomise
 
 STEPS = 3
@@ -105,6 +107,31 @@ def sharded(folder: Path, rank: int, world: int) -> dict:
     return told
 
 
+def fully_sharded_data_parallel(rank: int, world: int) -> dict:
+    """Training, and what is refused, under the older FSDP. It cannot gather on CPUs, whatever the model, so saving is not tried."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    told = {}
+    for whole_blocks in (True, False):
+
+        def wrap(model, whole_blocks=whole_blocks):
+            policy = ModuleWrapPolicy({type(b) for b in model.get_base_model().model.layers})
+            if not whole_blocks:
+                policy = fsdp_auto_wrap_policy(model)
+            return FullyShardedDataParallel(
+                model, auto_wrap_policy=policy, use_orig_params=whole_blocks, device_id=torch.device("cpu")
+            )
+
+        losses, model = train(SETTINGS[0], tiny.LLAMA, rank, world, wrap)
+        told["original parameters" if whole_blocks else "flat parameters"] = {
+            "losses": losses,
+            "save": refusal(lambda model=model: model.save_pretrained("nowhere")),
+            "merge": refusal(model.merge_adapter),
+            "add": refusal(lambda model=model: model.add_adapter("new", LoraConfig(target_modules=["q_proj"]))),
+        }
+    return told
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -114,6 +141,7 @@ def main(folder: Path) -> None:
         result[name] = losses
         model.save_pretrained(folder / name, is_main_process=rank == 0)
     result["fully_shard"] = sharded(folder, rank, world)
+    result["FSDP"] = fully_sharded_data_parallel(rank, world)
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(result))
     dist.barrier()

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 import tiny
 from distributed_worker import SHARDED, train
 from peft import get_peft_model_state_dict
-from settings import ONE_EACH, ONE_EACH_IDS
+from settings import ONE_EACH, ONE_EACH_IDS, SETTINGS
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "accelerate"
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
@@ -74,3 +77,21 @@ def test_what_a_sharded_model_refuses(two_processes):
     assert "Add adapters before the model is sharded" in told["add"]
     assert "The state dict given lacks 15 tensors" in told["partial"]
     assert not (two_processes / "partial").exists()
+
+
+@pytest.mark.parametrize("form", ["original parameters", "flat parameters"])
+def test_the_older_fsdp_trains_and_refuses_to_save_parts(two_processes, form):
+    told = json.loads((two_processes / "losses.json").read_text())["FSDP"][form]
+    assert told["losses"] == pytest.approx(train(SETTINGS[0], tiny.LLAMA)[0], abs=1e-5)
+    assert "sharded" in told["save"] and "ather" in told["save"]
+    assert "Cannot merge" in told["merge"]
+    assert "sharded already" in told["add"] or "cannot be adapted" in told["add"]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_knows_every_line_of_the_configurations(path):
+    config = load_config_from_file(str(path))  # refuses keys that it does not know
+    options = {action.dest for action in launch_command_parser()._actions}
+    plugin = config.fsdp_config or {f"deepspeed_{k}": v for k, v in config.deepspeed_config.items()}
+    assert config.num_processes == 2 and plugin
+    assert {k.removeprefix("deepspeed_") for k in plugin} <= {o.removeprefix("deepspeed_") for o in options}

@@ -18,7 +18,7 @@ from .holder import BaseTunerLayer, adapted_modules, shared_of
 from .layer import HALF, AdapterLayer, Parts
 from .mixed import Shared
 from .replication import replicated
-from .sharding import is_dtensor, reshard
+from .sharding import is_sharded, reshard
 from .targets import (
     ALL_LINEAR,
     HEAD_NAMES,
@@ -299,7 +299,13 @@ def _check_patterns(config: Any, places: Mapping[str, Any]) -> None:
 
 
 def _check_sharded(config: Any, placements: list[_Placement]) -> None:
-    sharded = [p.name for p in placements if is_dtensor(getattr(p.layer.get_base_layer(), "weight", None))]
+    sharded = [
+        place.name
+        for place in placements
+        for parameter in place.layer.get_base_layer().parameters(recurse=False)
+        # DeepSpeed shards the model while it is loaded, and takes in the adapters later.
+        if is_sharded(parameter) and not hasattr(parameter, "ds_id")
+    ]
     if sharded and not config.inference_mode:
         raise PeftError(
             f"The model is sharded already ({shorten(sharded, 3)}), so a new adapter's gradients would not be summed over the "

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .sharding import is_sharded
+
 PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -108,7 +110,7 @@ class LayerKind:
         weight = layer.weight
         if weight.device.type == "meta":
             return "its weight is on the meta device (offloaded, or not loaded yet)"
-        if type(weight.data) is not torch.Tensor or hasattr(weight, "ds_id"):
+        if type(weight.data) is not torch.Tensor or is_sharded(weight):
             return f"its weight is sharded or of a special type ({type(weight.data).__name__}); gather it first"
         if "weight" not in layer._parameters and "weight" not in layer._buffers:
             return "its weight is computed from other parameters (weight normalisation, a parametrisation); remove that first"

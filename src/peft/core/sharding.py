@@ -24,6 +24,11 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process holds a part of the tensor only, by any of the ways that are known here."""
+    return is_dtensor(tensor) or full_shape(tensor) != tuple(tensor.shape)
+
+
 def whole(tensor: torch.Tensor, key: str) -> torch.Tensor:
     """The tensor with all its values. Every process of the group has to call this in the same order.
 
