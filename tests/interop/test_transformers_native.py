@@ -31,7 +31,10 @@ from transformers import (
 )
 
 import peft
+import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
+from settings import SETTINGS, Setting, randomise
+from settings import logits as tiny_logits
 
 TOLERANCE = 1e-5
 WORDS = [
@@ -315,6 +318,25 @@ def test_get_adapter_state_dict(bases: dict[str, str]) -> None:
     state = native.get_adapter_state_dict("two")
     assert state
     assert all("two" not in key and ".lora_" in key for key in state)
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if tiny.LLAMA in s.bases], ids=lambda s: s.name)
+def test_every_method_goes_through_the_native_integration(setting: Setting, tmp_path: Path) -> None:
+    model = setting.model(tiny.LLAMA)
+    randomise(model)
+    wanted = tiny_logits(model, tiny.LLAMA)
+    model.save_pretrained(tmp_path)
+    native = tiny.LLAMA.build()
+    native.load_adapter(str(tmp_path))
+    close(tiny_logits(native, tiny.LLAMA), wanted)
+    native.disable_adapters()
+    close(tiny_logits(native, tiny.LLAMA), tiny_logits(tiny.LLAMA.build(), tiny.LLAMA))
+    native.enable_adapters()
+    native.save_pretrained(tmp_path / "again")
+    read = PeftModel.from_pretrained(tiny.LLAMA.build(), tmp_path / "again", strict=True)
+    close(tiny_logits(read, tiny.LLAMA), wanted)
+    native.delete_adapter("default")
+    close(tiny_logits(native, tiny.LLAMA), tiny_logits(tiny.LLAMA.build(), tiny.LLAMA))
 
 
 # -- from_pretrained(adapter_folder) and pipelines -------------------------------------------------------------------

@@ -267,12 +267,13 @@ def _plan(
     require_adapters(model, adapter_name, configs_of(model))
     places = {file_key: own_key for file_key, own_key, _ in adapter_tensors(model, adapter_name)}
     base_weights = {n: n for n in embedding_weights(model)}
+    inner = getattr(getattr(model, "get_base_model", lambda: model)(), "base_model_prefix", "")
     result = LoadResult()
     assignments: list[tuple[str, torch.Tensor]] = []
     problems, dtypes = [], []
     found = set()
     for key, tensor in tensors.items():
-        file_key = placed(key, places) or placed(key, base_weights)
+        file_key = placed(key, places, inner) or placed(key, base_weights)
         if file_key is None and _is_leftover(key):
             continue
         if file_key is None:
@@ -308,10 +309,18 @@ def _carry_out(model: nn.Module, assignments: list[tuple[str, torch.Tensor]], ad
     _materialise(model, adapter_name)
 
 
-def placed(key: str, places: Mapping[str, str]) -> str | None:
-    """The key by which the model knows a key of a file, or ``None``."""
+def placed(key: str, places: Mapping[str, str], inner: str = "") -> str | None:
+    """The key by which the model knows a key of a file, or ``None``.
+
+    Args:
+        key: The key.
+        places: Keys that the model knows.
+        inner: What the model without a head is called inside a model with one: a file made with the one fits the other.
+    """
     bare, half = key.removeprefix(PREFIX), key.removeprefix("base_model.")
-    candidates = (key, bare, half, PREFIX + key, PREFIX + half)
+    candidates = [key, bare, half, PREFIX + key, PREFIX + half]
+    if inner:
+        candidates += [f"{PREFIX}{inner}.{bare}", PREFIX + bare.removeprefix(f"{inner}.")]
     for candidate in candidates:
         if candidate in places:
             return candidate

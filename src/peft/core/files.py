@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
+import json
 import os
 import re
 import tempfile
@@ -202,29 +203,56 @@ def load_peft_weights(
     if unknown:
         raise TypeError(f"load_peft_weights does not know the arguments {sorted(unknown)}.")
     target = device if device is not None else infer_device()
-    path = fetch(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder, **download)
-    tensors: dict[str, torch.Tensor]
-    if path is not None:
-        tensors = _read_safetensors(path, str(target))
-    else:
-        path = fetch(model_id, WEIGHTS_NAME, subfolder, **download)
+
+    def read(name: str) -> dict[str, torch.Tensor] | None:
+        path = fetch(model_id, name, subfolder, **download)
         if path is None:
-            where = os.path.join(str(model_id), *([subfolder] if subfolder else []))
-            raise ValueError(
-                f"Can't find weights for the adapter in {where!r}: expected {SAFETENSORS_WEIGHTS_NAME!r} "
-                f"(or {WEIGHTS_NAME!r} from old versions). Is it the folder or Hub id of an adapter?"
-            )
-        try:
-            tensors = torch.load(path, map_location=torch.device(target), weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{path!r} is a pickle that is damaged or holds more than tensors; such files are not run. "
-                f"Save the adapter as safetensors instead. ({type(error).__name__})"
-            ) from error
-        if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
-            raise ValueError(f"{path!r} does not hold a dictionary of tensors, so it is no adapter.")
+            return None
+        return (
+            _read_safetensors(path, str(target)) if name.endswith(".safetensors") else _read_pickle(path, str(target))
+        )
+
+    tensors = next((t for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (t := read(n)) is not None), None)
+    if tensors is None:
+        tensors = _read_foreign(fetch(model_id, CONFIG_NAME, subfolder, **download), read)
+    if tensors is None:
+        where = os.path.join(str(model_id), *([subfolder] if subfolder else []))
+        raise ValueError(
+            f"Can't find weights for the adapter in {where!r}: expected {SAFETENSORS_WEIGHTS_NAME!r} "
+            f"(or {WEIGHTS_NAME!r} from old versions). Is it the folder or Hub id of an adapter?"
+        )
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, k): v for k, v in tensors.items()}
+    return tensors
+
+
+def _read_foreign(
+    config: str | None, read: Callable[[str], dict[str, torch.Tensor] | None]
+) -> dict[str, torch.Tensor] | None:
+    """Tensors of a folder that another library wrote, or ``None`` where it is not known."""
+    from ..registry import foreign_reader
+
+    if config is None:
+        return None
+    with open(config, "rb") as file:
+        try:
+            values = json.load(file)
+        except ValueError:  # no JSON: the configuration's own reader says so
+            return None
+    reader = foreign_reader(values) if isinstance(values, dict) else None
+    return None if reader is None else reader.read_weights(read, values)
+
+
+def _read_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(path, map_location=torch.device(device), weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path!r} is a pickle that is damaged or holds more than tensors; such files are not run. "
+            f"Save the adapter as safetensors instead. ({type(error).__name__})"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+        raise ValueError(f"{path!r} does not hold a dictionary of tensors, so it is no adapter.")
     return tensors
 
 
