@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.methods import DEEP, FROZEN, FULL, METHODS, SHAPES, Method, Shape
-from benchmarks.report import Row
+from benchmarks.methods import (
+    BERT,
+    DEEP,
+    DROPOUT,
+    FROZEN,
+    FULL,
+    LONG,
+    METHODS,
+    MIXED,
+    MIXED_COUNTS,
+    RANKED,
+    RANKS,
+    REAL,
+    SHAPES,
+    Method,
+    Shape,
+)
+from benchmarks.pretrained import variable
+from benchmarks.report import GROWTH, Row
 from benchmarks.sides import Side, WorkerProcess, workers
 
 Say = Callable[[str], None]
@@ -29,6 +46,7 @@ class Plan:
         imports: The lines whose import time is measured.
         import_repeats: Fresh processes for each import time.
         operation_repeats: Rounds of the operations.
+        mixed_repeats: Rounds of the mixed batches.
         loads: How many adapters are loaded one after the other.
         options: More arguments of `Subject.build`: dtype and checkpointing.
     """
@@ -42,6 +60,7 @@ class Plan:
     imports: Sequence[str]
     import_repeats: int
     operation_repeats: int
+    mixed_repeats: int
     loads: int
     options: dict[str, Any]
 
@@ -58,24 +77,56 @@ def is_measured(subject: str, side: Side) -> bool:
 
 def training(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Step time, forward time and bytes saved for backward, every subject living in one worker a side."""
-    subjects = [FROZEN, *[FULL] * plan.full, *(method.name for method in plan.methods)]
     with workers(*sides) as pair:
         for shape in plan.shapes:
-            yield from _training_of(shape, subjects, pair, plan, say)
+            yield from _training_of(shape, [FULL] if plan.full else [], plan.methods, pair, plan, say)
+
+
+def real(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
+    """The training measures on pretrained models, one method at a time, since these models are large."""
+    few = replace(plan, repeats=max(1, plan.repeats // 3))
+    with workers(*sides) as pair:
+        for shape in REAL:
+            if variable(shape.package) in sides[0].environment:
+                for method in plan.methods:
+                    rows = _training_of(shape, [], [method], pair, few, say)
+                    yield from (row for row in rows if row.measure.startswith(method.name + ":"))
+
+
+def growth(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
+    """The training measures of LoRA on every linear layer, as the tokens of a row and then the rank grow."""
+    few = replace(plan, repeats=max(1, plan.repeats // 3))
+    fixed = [method for method in METHODS if method.name == "LoRA r8 all-linear"]
+    with workers(*sides) as pair:
+        for shape in LONG:
+            for row in _training_of(shape, [], fixed, pair, few, say):
+                yield from _grown(row, fixed, "tokens of a row", [shape.tokens])
+        for row in _training_of(BERT, [], RANKED, pair, few, say):
+            yield from _grown(row, RANKED, "rank", RANKS)
+
+
+def _grown(row: Row, methods: Sequence[Method], axis: str, places: Sequence[int]) -> Iterator[Row]:
+    """The row as a point of the chart of growth, if it is one of the measures drawn there."""
+    for method, place in zip(methods, places, strict=True):
+        subject, _, measure = row.measure.rpartition(": ")
+        if subject == method.name and measure in ("step", "bytes saved"):
+            details = {"axis": axis, "place": place, "drawn": measure}
+            yield replace(row, section=GROWTH, measure=f"{row.section}, {row.measure}", details=details)
 
 
 def _training_of(
-    shape: Shape, subjects: Sequence[str], pair: Sequence[WorkerProcess], plan: Plan, say: Say
+    shape: Shape, others: Sequence[str], methods: Sequence[Method], pair: Sequence[WorkerProcess], plan: Plan, say: Say
 ) -> Iterator[Row]:
     measures = {"step": "s", "step with optimizer": "s", "forward": "s", "bytes saved": "bytes"}
+    everything = [FROZEN, *others, *(method.name for method in methods)]
     rows = {
         (subject, measure): Row(shape.name, f"{subject}: {measure}", unit, FROZEN)
-        for subject in subjects
+        for subject in everything
         for measure, unit in measures.items()
     }
     for worker in pair:
         worker.ask("clear")
-        here = [subject for subject in subjects if is_measured(subject, worker.side)]
+        here = [subject for subject in everything if is_measured(subject, worker.side)]
         for subject in here:
             say(f"{shape.name}: {worker.side.name} builds {subject}")
             worker.ask("build", shape=shape.name, method=subject, **plan.options)
@@ -88,7 +139,7 @@ def _training_of(
             row.details[worker.side.name] = nodes[subject]
     for number in range(plan.repeats):
         say(f"{shape.name}: round {number + 1} of {plan.repeats}")
-        for subject in subjects[1:]:
+        for subject in everything[1:]:
             for worker in in_order(pair, number):
                 if not is_measured(subject, worker.side):
                     continue
@@ -107,27 +158,24 @@ def _seconds(worker: WorkerProcess, subject: str) -> dict[str, float]:
 def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Peak memory of fresh processes that make two training steps with their optimizer."""
 
-    def measure(shape: Shape, subject: str) -> dict[str, list[dict[str, float]]]:
+    def measure(shape: Shape, subject: str, measured: Sequence[Side]) -> dict[str, list[dict[str, float]]]:
         say(f"{shape.name}: peak memory of {subject}")
-        found: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
+        found: dict[str, list[dict[str, float]]] = {side.name: [] for side in measured}
         for _ in range(plan.peak_repeats):
-            with workers(*sides) as pair:
+            with workers(*measured) as pair:
                 for worker in pair:
-                    if not is_measured(subject, worker.side):
-                        continue
                     value = worker.ask("peak", shape=shape.name, method=subject, **plan.options)
                     found[worker.side.name].append(value)
         return found
 
     for shape in plan.shapes:
-        bounds = measure(shape, FROZEN)
+        bounds = measure(shape, FROZEN, sides)
         for method in plan.methods:
-            values = measure(shape, method.name)
+            having = [side for side in sides if is_measured(method.name, side)]
+            values = measure(shape, method.name, having)
             for key, name in (("process", "peak memory"), ("added", "peak memory above the imports")):
                 row = Row(shape.name, f"{method.name}: {name}", "bytes", FROZEN)
-                for side in sides:
-                    if not is_measured(method.name, side):
-                        continue
+                for side in having:
                     for value, bound in zip(values[side.name], bounds[side.name], strict=True):
                         row.add(side.name, value[key], bound[key])
                 yield row
@@ -190,11 +238,35 @@ def _nth_load(load: int, loads: int) -> str:
     return next((f"{name} load_adapter" for name, (first, last) in names.items() if first <= load <= last), "")
 
 
+def mixed(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
+    """Batches whose rows use many adapters, relative to the same batch with one; a side that cannot mix has no value."""
+    with workers(*sides) as pair:
+        for shape in MIXED:
+            for method in (method for method in plan.methods if DROPOUT not in method.name):  # it acts in training only
+                for count in MIXED_COUNTS if method.quick else (16,):
+                    say(f"{shape.name}: {count} adapters of {method.name}")
+                    row = Row("Mixed batches", f"{shape.name}: {method.name}, {count} adapters", "s", "one adapter")
+                    able = [
+                        worker
+                        for worker in pair
+                        if is_measured(method.name, worker.side)
+                        and worker.ask("open_mixed", shape=shape.name, method=method.name, adapters=count)
+                    ]
+                    for number in range(plan.mixed_repeats):
+                        for worker in in_order(able, number):
+                            seconds = worker.ask("mixed")
+                            row.add(worker.side.name, seconds["mixed"], seconds["single"])
+                    yield row
+
+
 SECTIONS: dict[str, Callable[[Plan, Sequence[Side], Say], Iterator[Row]]] = {
     "training": training,
+    "real": real,
     "peak": peak,
     "operations": operations,
     "imports": imports,
+    "mixed": mixed,
+    "growth": growth,
 }
 
 
@@ -228,8 +300,8 @@ def make_plan(
         raise ValueError(f"--repeats must be positive, not {repeats}")
     if not sections:
         sections = ["training", "peak"] if shapes or methods else list(SECTIONS)
-        if quick:  # peaks take long: each needs a process of its own
-            sections.remove("peak")
+        if quick:  # peaks need a process of their own each, and the rest grows with the number of methods
+            sections = [name for name in sections if name not in ("real", "peak", "mixed", "growth")]
     return Plan(
         shapes=shapes or SHAPES,
         methods=methods or [method for method in METHODS if method.quick or not quick],
@@ -240,6 +312,7 @@ def make_plan(
         imports=IMPORTS[:1] if quick else IMPORTS,
         import_repeats=1 if quick else 9,
         operation_repeats=1 if quick else 3,
+        mixed_repeats=3 if quick else 9,
         loads=20 if quick else 60,
         options=options or {},
     )

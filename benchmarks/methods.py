@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from benchmarks import pretrained
 
 FROZEN = "frozen model"
 FULL = "full fine-tuning"
@@ -22,6 +25,7 @@ class Shape:
         batch: Rows of a batch.
         tokens: Tokens of a row.
         attention: The projections that the usual LoRA recipe adapts: query and value.
+        package: Of a pretrained model: its name in `benchmarks.pretrained.PACKAGES`. Its own dropout is left as it is.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Shape:
     batch: int
     tokens: int
     attention: tuple[str, ...]
+    package: str = ""
 
 
 BERT = Shape(
@@ -56,6 +61,11 @@ LLAMA = Shape(
 )
 SHAPES = (BERT, LLAMA)
 
+REAL = (
+    Shape("MiniLM (pretrained), batch 8×128", "bert", {"hidden_size": 384}, 8, 128, ("query", "value"), "minilm"),
+    Shape("SmolLM2-135M (pretrained), batch 2×128", "llama", {"hidden_size": 576}, 2, 128, LLAMA.attention, "smollm2"),
+)
+
 # Many small layers: what counts here is the work per module, not the arithmetic. 32 × 7 = 224 adapted modules.
 DEEP = Shape(
     "Llama-like 32×256, 224 modules",
@@ -74,8 +84,21 @@ DEEP = Shape(
 DEEP_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+# How the cost grows: one long row of tokens, so that the length alone changes; and ranks at the usual length.
+LENGTHS = (32, 128, 512, 1024)
+RANKS = (4, 16, 64, 256)
+LONG = tuple(replace(BERT, name=f"BERT-like 6×384, batch 1×{length}", batch=1, tokens=length) for length in LENGTHS)
+
+# Mixed batches: 64 rows, each with an adapter of its own choice, of one token (decoding) or of 32 (prefill).
+MIXED = tuple(
+    replace(LLAMA, name=f"Llama-like 8×576, mixed batch {rows}×{tokens}", batch=rows, tokens=tokens)
+    for rows, tokens in ((64, 1), (64, 32))
+)
+MIXED_COUNTS = (4, 16, 64)
+
+
 def build_model(shape: Shape) -> Any:
-    """Builds a shape's model with random weights and without dropout of its own.
+    """Builds a shape's model: with random weights and without dropout of its own, or the pretrained one.
 
     Args:
         shape: One of the shapes above.
@@ -85,6 +108,9 @@ def build_model(shape: Shape) -> Any:
     """
     import transformers
 
+    if shape.package:
+        folder = os.environ[pretrained.variable(shape.package)]
+        return transformers.AutoModel.from_pretrained(folder, dtype="float32", use_cache=False)
     common: dict[str, Any] = {"vocab_size": 1024, "max_position_embeddings": 1024, "use_cache": False}
     if shape.architecture == "bert":
         dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -110,38 +136,67 @@ class Method:
     ours_only: bool = False
 
 
-def _lora(all_linear: bool = False, dropout: float = 0.0) -> Callable[[Any, Shape], Any]:
+def _lora(all_linear: bool = False, **fields: Any) -> Callable[[Any, Shape], Any]:
     def config(peft: Any, shape: Shape) -> Any:
         targets = "all-linear" if all_linear else list(shape.attention)
-        return peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets)
+        return peft.LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": targets} | fields)
 
     return config
+
+
+def _all_linear(config: str, **fields: Any) -> Callable[[Any, Shape], Any]:
+    return lambda peft, shape: getattr(peft, config)(target_modules="all-linear", **fields)
+
+
+def _ia3(peft: Any, shape: Shape) -> Any:
+    # Keys, values and what enters the feed-forward network's second layer, as the paper has it.
+    targets, feedforward = {
+        "bert": (["key", "value", "output.dense"], ["output.dense"]),
+        "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    }[shape.architecture]
+    return peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
+
+
+def _prompts(config: str, **fields: Any) -> Callable[[Any, Shape], Any]:
+    common = {"num_virtual_tokens": 20, "task_type": "FEATURE_EXTRACTION"}
+    return lambda peft, shape: getattr(peft, config)(**common, **fields)
+
+
+def _projected_prefix(peft: Any, shape: Shape) -> Any:
+    width = shape.sizes["hidden_size"]
+    return _prompts("PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=width)(peft, shape)
 
 
 def _bottleneck(placement: str, **options: Any) -> Callable[[Any, Shape], Any]:
-    def config(peft: Any, shape: Shape) -> Any:
-        return peft.BottleneckConfig(placement=placement, **options)
-
-    return config
+    return lambda peft, shape: peft.BottleneckConfig(placement=placement, **options)
 
 
 METHODS = (
     Method("LoRA r8", _lora(), quick=True),
-    Method("LoRA r8" + DROPOUT, _lora(dropout=0.1), quick=True),
+    Method("LoRA r8" + DROPOUT, _lora(lora_dropout=0.1), quick=True),
     Method("LoRA r8 all-linear", _lora(all_linear=True)),
-    Method("LoRA r8 all-linear" + DROPOUT, _lora(all_linear=True, dropout=0.1)),
+    Method("LoRA r8 all-linear" + DROPOUT, _lora(all_linear=True, lora_dropout=0.1)),
+    Method("DoRA r8 all-linear", _lora(all_linear=True, use_dora=True)),
+    Method("LoHa r8 all-linear", _all_linear("LoHaConfig", r=8, alpha=8)),
+    Method("LoKr r8 all-linear", _all_linear("LoKrConfig", r=8, alpha=8)),
+    Method("IA³", _ia3),
     Method("Pfeiffer adapters 1/16", _bottleneck("pfeiffer"), ours_only=True),
     Method("Houlsby adapters 1/16", _bottleneck("houlsby"), ours_only=True),
     Method("Parallel adapters 1/16", _bottleneck("parallel", scaling=4.0), ours_only=True),
     Method("Compacter 1/16", _bottleneck("houlsby", phm_dim=4), ours_only=True),
+    Method("prefix 20", _prompts("PrefixTuningConfig")),
+    Method("prefix 20, projection", _projected_prefix),
+    Method("prompt 20", _prompts("PromptTuningConfig")),
+    Method("P-tuning 20", _prompts("PromptEncoderConfig", encoder_hidden_size=128)),
 )
+RANKED = tuple(Method(f"LoRA r{rank} all-linear", _lora(all_linear=True, r=rank)) for rank in RANKS)
 
 
 def find(table: tuple[Any, ...], name: str) -> Any:
     """Finds a row of a table by its name.
 
     Args:
-        table: `SHAPES` or `METHODS`.
+        table: Shapes or methods.
         name: The exact name.
 
     Returns:

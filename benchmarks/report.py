@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+GROWTH = "Growth"
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -103,7 +105,7 @@ def markdown(rows: Sequence[Row], settings: dict[str, Any]) -> str:
 
 
 def write(rows: Sequence[Row], settings: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes `bench.json` and `bench.md`, and `bench.png` where matplotlib is installed.
+    """Writes `bench.json` and `bench.md`, and `bench.png` and `growth.png` where matplotlib is installed.
 
     Args:
         rows: The rows of the run.
@@ -115,11 +117,26 @@ def write(rows: Sequence[Row], settings: dict[str, Any], folder: Path) -> list[P
     """
     folder.mkdir(parents=True, exist_ok=True)
     table, data, picture = (folder / f"bench.{ending}" for ending in ("md", "json", "png"))
+    chart = folder / "growth.png"
     table.write_text(markdown(rows, settings))
     results = [asdict(row) | {"ratios": {k: asdict(r) if r else None for k, r in row.ratios().items()}} for row in rows]
     data.write_text(json.dumps({"settings": settings, "rows": results}, indent=1, ensure_ascii=False) + "\n")
-    picture.unlink(missing_ok=True)
-    return [table, data, picture] if plot(rows, picture) else [table, data]
+    pictures = {picture: plot, chart: plot_growth}
+    for file in pictures:
+        file.unlink(missing_ok=True)
+    return [table, data, *(file for file, draw in pictures.items() if draw(rows, file))]
+
+
+def _pyplot() -> Any:
+    """matplotlib's pyplot that writes files, or none where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def plot(rows: Sequence[Row], file: Path) -> bool:
@@ -132,16 +149,10 @@ def plot(rows: Sequence[Row], file: Path) -> bool:
     Returns:
         Whether it was drawn: not without matplotlib, nor without rows that have a bound.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return False
-    drawn = [row for row in rows if row.bound]
+    pyplot = _pyplot()
+    drawn = [row for row in rows if row.bound and row.section != GROWTH]
     sections = list(dict.fromkeys(row.section for row in drawn))
-    if not sections:
+    if pyplot is None or not sections:
         return False
     counts = [sum(row.section == section for row in drawn) for section in sections]
     figure, axes = pyplot.subplots(
@@ -169,6 +180,40 @@ def plot(rows: Sequence[Row], file: Path) -> bool:
         axis.invert_yaxis()
         axis.set_title(section, fontsize=9)
     axes[0, 0].legend(fontsize=8)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+    return True
+
+
+def plot_growth(rows: Sequence[Row], file: Path) -> bool:
+    """Draws how each measure grows, ours and the peer's with the bound: a panel for each measure and each axis.
+
+    Args:
+        rows: The rows of the run.
+        file: The picture to write.
+
+    Returns:
+        Whether it was drawn: not without matplotlib, nor without rows of the section `GROWTH`.
+    """
+    pyplot = _pyplot()
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.section == GROWTH:
+            panels.setdefault((row.details["axis"], row.details["drawn"]), []).append(row)
+    if pyplot is None or not panels:
+        return False
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="constrained")
+    for panel, ((axis, measure), points) in zip(axes[0], panels.items(), strict=True):
+        places = [row.details["place"] for row in points]
+        scale, unit = (1e6, "MB") if points[0].unit == "bytes" else (1e-3, "ms")
+        for name, column, color in (
+            ("frozen model", "ours_bound", "black"),
+            ("peer", "peer", "tab:gray"),
+            ("ours", "ours", "tab:blue"),
+        ):
+            panel.plot(places, [median(getattr(row, column)) / scale for row in points], "o-", label=name, color=color)
+        panel.set(xlabel=axis, ylabel=unit, title=measure, ylim=(0, None))
+    axes[0, 0].legend()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
     return True

@@ -13,6 +13,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import pretrained
 from benchmarks.measures import SECTIONS, make_plan
 from benchmarks.report import Row, markdown, write
 from benchmarks.sides import ROOT, Side
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not Path(args.peer).exists():
         print(f"{args.peer} is missing: make the peer's environment first, or name one with --peer", file=sys.stderr)
         return 2
+    if "real" in plan.sections:
+        os.environ.update(pretrained.prepare(args.out.resolve() / "models", say))
     # An absolute path, but not a resolved one: a virtual environment's interpreter is a link.
     sides = [Side.make(n, os.path.abspath(p), args.threads) for n, p in (("ours", args.ours), ("peer", args.peer))]
     settings = describe(sides) | {"threads": args.threads, "rounds": plan.repeats, "quick": args.quick} | options

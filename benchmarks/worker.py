@@ -23,7 +23,21 @@ import torch
 import transformers
 
 import peft
-from benchmarks.methods import DEEP, DEEP_TARGETS, FROZEN, FULL, METHODS, SHAPES, Shape, build_model, find
+from benchmarks.methods import (
+    DEEP,
+    DEEP_TARGETS,
+    FROZEN,
+    FULL,
+    LONG,
+    METHODS,
+    MIXED,
+    RANKED,
+    REAL,
+    SHAPES,
+    Shape,
+    build_model,
+    find,
+)
 from benchmarks.saved_bytes import saved_by_node
 
 SEED = 0
@@ -68,7 +82,7 @@ class Subject:
             model.requires_grad_(False)
             model.enable_input_require_grads()
         elif method != FULL:
-            model = peft.get_peft_model(model, find(METHODS, method).config(peft, shape))
+            model = peft.get_peft_model(model, find((*METHODS, *RANKED), method).config(peft, shape))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return cls(
             model.train(),
@@ -79,7 +93,9 @@ class Subject:
         )
 
     def loss(self) -> torch.Tensor:
-        return (self.model(input_ids=self.inputs).last_hidden_state.float() * self.probe).sum()
+        hidden = self.model(input_ids=self.inputs).last_hidden_state
+        # What stands before the rows' own tokens is left out: prompts lengthen the output.
+        return (hidden[:, -self.inputs.shape[1] :].float() * self.probe).sum()
 
     def step(self) -> dict[str, float]:
         """Seconds of one training step, without and with the optimizer."""
@@ -117,7 +133,7 @@ class Worker:
 
     def build(self, shape: str, method: str, **options: Any) -> None:
         """Makes a subject known as `method` and warms it up."""
-        subject = self._subjects[method] = Subject.build(find(SHAPES, shape), method, **options)
+        subject = self._subjects[method] = Subject.build(find((*SHAPES, *LONG, *REAL), shape), method, **options)
         subject.step()
         subject.forward()
 
@@ -144,10 +160,48 @@ class Worker:
         for name in ("LoraConfig", "get_peft_model"):
             getattr(peft, name)
         imports = _peak()
-        subject = Subject.build(find(SHAPES, shape), method, **options)
+        subject = Subject.build(find((*SHAPES, *LONG, *REAL), shape), method, **options)
         for _ in range(2):  # the second has the optimizer's state beside the activations
             subject.step()
         return {"process": _peak(), "added": _peak() - imports}
+
+    # Mixed batches
+
+    def open_mixed(self, shape: str, method: str, adapters: int) -> bool:
+        """Builds a model with so many adapters of one method, and tells whether a batch may mix them.
+
+        A side that takes the adapters' names and then computes something else for them counts as not able to.
+        """
+        torch.manual_seed(SEED)
+        layout = find(MIXED, shape)
+        config = find(METHODS, method).config
+        model = peft.get_peft_model(build_model(layout), config(peft, layout), adapter_name="adapter_0").eval()
+        for number in range(1, adapters):
+            model.add_adapter(f"adapter_{number}", config(peft, layout))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "adapter_" in name:
+                    parameter.normal_(std=0.2)
+        self._mixed = model
+        self._rows = torch.randint(1024, (layout.batch, layout.tokens))
+        self._names = [f"adapter_{row % adapters}" for row in range(layout.batch)]
+        try:
+            together = self._batch(adapter_names=self._names)
+        except (ValueError, TypeError, NotImplementedError):
+            return False
+        for row in (0, adapters - 1):
+            model.set_adapter(self._names[row])
+            if not torch.allclose(together[row], self._batch()[row], atol=1e-3):
+                return False
+        return True
+
+    @torch.no_grad()
+    def _batch(self, **arguments: Any) -> torch.Tensor:
+        return self._mixed(input_ids=self._rows, **arguments).last_hidden_state
+
+    def mixed(self) -> dict[str, float]:
+        """Seconds of a batch that takes a single adapter, and of one whose rows take all adapters in turn."""
+        return {"single": _timed(self._batch), "mixed": _timed(lambda: self._batch(adapter_names=self._names))}
 
     # Operations, on the deep model
 
