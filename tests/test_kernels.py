@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft.kernels import dropout
+from peft.kernels import dropout, low_rank
 from peft.kernels.low_rank import add_low_rank, add_low_rank_reference, low_rank_linear
 
 
@@ -19,6 +19,13 @@ def operands(lead=(2, 3), k=5, d=4, r=2, dtype=torch.float64):
 def test_low_rank_equals_its_reference(lead):
     y, x, a, b = operands(lead)
     torch.testing.assert_close(add_low_rank(y, x, a, b, 0.7), add_low_rank_reference(y, x, a, b, 0.7))
+
+
+@pytest.mark.parametrize("few, by_hand", [(30, True), (31, False)])
+def test_small_inputs_take_the_plain_operations(few, by_hand, monkeypatch):
+    y, x, a, b = operands((6,))
+    monkeypatch.setattr(low_rank, "FEW", few)
+    assert (type(add_low_rank(y, x, a, b, 0.7).grad_fn).__name__ == "_LowRankBackward") == by_hand
 
 
 def test_low_rank_gradients():

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from . import dropout, recompute
 from .recompute import Memo
 
+FEW = 2**16
+"""Inputs of fewer elements take the plain operations: what the hand-written form saves is less than what its calls from Python cost."""
+
 
 def add_low_rank_reference(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, rate: float = 0.0
@@ -184,6 +187,7 @@ def _by_hand(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
         torch.is_grad_enabled()
         and (x.requires_grad or a.requires_grad or b.requires_grad)
         and x.dim() > 1
+        and x.numel() >= FEW
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
