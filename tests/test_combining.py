@@ -275,6 +275,7 @@ WRONG = {
         ["one", "two"], [1, 1], "new", {"combination_type": "ties", "density": 0.5, "majority_sign_method": "x"}, "majority",
     ),
     "a rank of zero": (["one", "two"], [1, 1], "new", {"svd_rank": 0}, "svd_rank"),
+    "a quantile below zero": (["one", "two"], [1, 1], "new", {"svd_clamp": 0.1}, "'embedding'.*leaves nothing"),
     "a quantile beyond 1": (["one", "two"], [1, 1], "new", {"svd_clamp": 2}, "quantile"),
     "several methods": (["one", "scale"], [1, 1], "new", {}, "of one method"),
     "another method": (["scale"], [1], "new", {}, "'linear', a DiagScaleLayer"),

@@ -182,11 +182,14 @@ def factors_of_matrix(
     Args:
         matrix: (m, n).
         rank: Rank r of the factors; beyond the matrix's own they are filled up with zeros.
-        clamp: Clamp the entries of both factors to this quantile of them.
+        clamp: Clamp the entries of both factors to this quantile of them, on both sides of zero.
         driver: LAPACK driver on CUDA; see ``torch.linalg.svd``.
 
     Returns:
         B, (m, r), which holds U Σ, and A, (r, n), which holds Vᵀ, with B A ≈ matrix.
+
+    Raises:
+        ValueError: That quantile is not positive.
     """
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
     return _truncate(u * s, vt, rank, clamp)
@@ -215,6 +218,10 @@ def _truncate(b: torch.Tensor, a: torch.Tensor, rank: int, clamp: float | None) 
     b, a = b[:, :rank], a[:rank]
     if clamp is not None:
         limit = torch.quantile(torch.cat([b.flatten(), a.flatten()]), clamp)
+        if limit <= 0:
+            raise ValueError(
+                f"the quantile {clamp} of the factors' entries is {limit.item():.3g}, and clamping to it leaves nothing"
+            )
         b, a = b.clamp(-limit, limit), a.clamp(-limit, limit)
     return pad_to(b, (b.shape[0], rank)), pad_to(a, (rank, a.shape[1]))
 
