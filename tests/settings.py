@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 import tiny
-from peft import BottleneckConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    BottleneckConfig,
+    LoraConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from toy import DiagScaleConfig
 
 
@@ -52,6 +59,13 @@ class Setting:
         return get_peft_model(base.build(dtype), self.make(base, **options)).eval()
 
 
+def tokens(target_modules: list[str], **options: Any) -> TrainableTokensConfig:
+    """Three tokens of the input embedding, whichever layers other methods adapt."""
+    usual = [list(base.targets) for base in (tiny.GPT2, tiny.LLAMA, tiny.T5)]
+    targets = None if target_modules in usual else target_modules
+    return TrainableTokensConfig(**{"token_indices": [9, 4, 30], "target_modules": targets, **options})
+
+
 SETTINGS = (
     Setting("lora", LoraConfig, second={"r": 4, "lora_alpha": 12}),
     Setting(
@@ -70,6 +84,18 @@ SETTINGS = (
             "bit-exact start": "the part that the adapter starts from is added and subtracted",
             "meta": "the start is read off the base weights",
         },
+    ),
+    Setting(
+        "tokens",
+        tokens,
+        bases=(tiny.GPT2, tiny.LLAMA, tiny.T5),
+        second={"token_indices": [5, 9]},
+    ),
+    Setting(
+        "lora-tokens",
+        lambda **kw: LoraConfig(**{"trainable_token_indices": [9, 4, 30], **kw}),
+        bases=(tiny.GPT2, tiny.LLAMA),
+        second={"trainable_token_indices": [5, 9]},
     ),
     Setting("rslora", lambda **kw: LoraConfig(use_rslora=True, r=6, **kw), bases=(tiny.LLAMA,)),
     Setting(

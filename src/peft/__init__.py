@@ -27,6 +27,7 @@ _PLACES = {
     "core.preparation": ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"),
     "tuners.bottleneck": ("BottleneckConfig", "BottleneckModel"),
     "tuners.lora": ("LoraConfig", "LoraModel", "LoraRuntimeConfig"),
+    "tuners.trainable_tokens": ("TrainableTokensConfig", "TrainableTokensModel"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 _SUBMODULES = {
@@ -103,3 +104,5 @@ if TYPE_CHECKING:
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
     from .tuners.lora import LoraRuntimeConfig as LoraRuntimeConfig
+    from .tuners.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+    from .tuners.trainable_tokens import TrainableTokensModel as TrainableTokensModel

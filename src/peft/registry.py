@@ -43,6 +43,7 @@ _METHODS: dict[str, Method] = {
     for m in (
         Method("LORA", "peft.tuners.lora", "LoraConfig", "LoraModel"),
         Method("BOTTLENECK", "peft.tuners.bottleneck", "BottleneckConfig", "BottleneckModel"),
+        Method("TRAINABLE_TOKENS", "peft.tuners.trainable_tokens", "TrainableTokensConfig", "TrainableTokensModel"),
     )
 }  # fmt: skip
 

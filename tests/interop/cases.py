@@ -168,6 +168,13 @@ def lora(name: str = "default", **values: Any) -> Adapter:
     return Adapter(values, name)
 
 
+def tokens(name: str = "default", **values: Any) -> Adapter:
+    """An adapter that trains rows of the embedding."""
+    return Adapter({"token_indices": [38, 17, 4, 50, 11, 19], **values}, name, method="TrainableTokensConfig")
+
+
+# The peer has a module, `token_adapter`, between an embedding and its trained rows.
+NAMED_OTHERWISE = ("state", "loaded state", "layer status", "loaded layer status", "layer attributes")
 CASES: tuple[Case, ...] = (
     # BERT: every task that has a model class of its own, and a base without a task.
     Case("bert-classifier", "bert-classifier", (lora(),), "SEQ_CLS"),
@@ -499,6 +506,19 @@ CASES: tuple[Case, ...] = (
         merge=False,
         more_here=("model unloaded", "unloaded"),
     ),
+    # Trained rows.
+    *(
+        Case(
+            f"{base}-tokens",
+            base,
+            (lora(trainable_token_indices=[38, 17, 4, 50, 11, 19]),),
+            "CAUSAL_LM",
+            generate=True,
+            more_here=NAMED_OTHERWISE,
+        )
+        for base in ("llama", "llama-tied", "gpt2")
+    ),
+    Case("llama-only-tokens", "llama", (tokens(),), "CAUSAL_LM", more_here=NAMED_OTHERWISE),
     # Injection into a raw model, as other libraries do it.
     Case("inject-mlp", "mlp", (lora(target_modules=["first", "second"]),), inject=True),
     Case("inject-bert", "bert-encoder", (lora(target_modules=["query", "word_embeddings"]),), inject=True),

@@ -84,7 +84,12 @@ def shapes(state: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 def trainable(model: nn.Module) -> list[str]:
     """Names of the parameters that train."""
-    return sorted(name for name, param in model.named_parameters() if param.requires_grad)
+    return sorted(name for name, param in parameters(model) if param.requires_grad)
+
+
+def parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """All parameters by name; the peer has a module of its own between an embedding and its trained rows."""
+    return [(name.replace(".token_adapter.", "."), param) for name, param in model.named_parameters()]
 
 
 def belongs(name: str, case: Any) -> bool:
@@ -150,7 +155,7 @@ class Patient:
             value = next(iter(outputs(result).values()))
             loss = (value.float() * numbers("weights of the loss", value.shape)).mean()
         loss.backward()
-        grads = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad and p.grad is not None}
+        grads = {n: p.grad for n, p in parameters(self.model) if p.requires_grad and p.grad is not None}
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
         return {"loss": loss.detach(), **grads}
@@ -216,7 +221,7 @@ def layer_attributes(patient: Patient) -> dict[str, Any]:
 def initial_values(patient: Patient) -> dict[str, Any]:
     """Of each kind of adapter parameter: how many are zero throughout, and the spread of the others taken together."""
     kinds: dict[str, list[torch.Tensor]] = {}
-    for name, param in patient.model.named_parameters():
+    for name, param in parameters(patient.model):
         if belongs(name, patient.case) and "modules_to_save" not in name:
             kind = next(part for part in name.split(".") if any(part.startswith(p) for p in slots(patient)))
             kinds.setdefault(kind, []).append(param.detach().float().flatten())
@@ -248,7 +253,7 @@ def extra_module_values(patient: Patient) -> dict[str, Any]:
 def randomise(patient: Patient) -> None:
     """Give adapters, trained heads and trained biases weights that matter, the same in every process."""
     with torch.no_grad():
-        for name, param in patient.model.named_parameters():
+        for name, param in parameters(patient.model):
             owner = next((a for a in patient.case.adapters if f".{a.name}." in f"{name}."), patient.case.adapters[0])
             if belongs(name, patient.case) or param.requires_grad:
                 param.copy_(owner.centre + owner.noise * numbers(f"{owner.name}/{name}", param.shape))

@@ -299,7 +299,6 @@ def tensor_files(folder: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(file.read(length))
         for entry in header.values():
             entry.pop("data_offsets", None)
-        header.get("__metadata__", {}).pop("peft_checksum", None)  # of our own
         found[str(path.relative_to(folder))] = header
     assert found
     return found

@@ -113,6 +113,9 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "to_dict",
     ),
     "peft.LoraConfig": ("", "from_pretrained", "save_pretrained", "to_dict"),
+    "peft.TrainableTokensConfig": ("",),
+    "peft.TrainableTokensModel": ("",),
+    "peft.tuners.trainable_tokens.TrainableTokensLayer": ("",),
     "peft.LoraModel": (
         "",
         "active_adapters",

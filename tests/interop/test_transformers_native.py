@@ -410,6 +410,7 @@ VARIANTS = {
     "dora-embedding": {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]},
     "lora-bias": {"lora_bias": True},
     "pissa": {"init_lora_weights": "pissa"},
+    "tokens": {"trainable_token_indices": list(range(3, 31))},
 }
 
 

@@ -225,6 +225,8 @@ def wants_embeddings(model: nn.Module, adapter_name: str, choice: bool | Literal
         return bool(choice)
     config = configs_of(model)[adapter_name]
     targets = getattr(config, "target_modules", None)
+    if getattr(config, "token_indices", None):
+        targets = None  # only rows of it are adapted
     if targets and not isinstance(targets, str) and any(t.rsplit(".", 1)[-1] in EMBEDDING_NAMES for t in targets):
         return True
     base_config = getattr(getattr(model, "get_base_model", lambda: model)(), "config", None)
@@ -268,13 +270,14 @@ def _plan(
     places = {file_key: own_key for file_key, own_key, _ in adapter_tensors(model, adapter_name)}
     base_weights = {n: n for n in embedding_weights(model)}
     inner = getattr(getattr(model, "get_base_model", lambda: model)(), "base_model_prefix", "")
+    followers = _followers(model)
     result = LoadResult()
     assignments: list[tuple[str, torch.Tensor]] = []
     problems, dtypes = [], []
     found = set()
     for key, tensor in tensors.items():
         file_key = placed(key, places, inner) or placed(key, base_weights)
-        if file_key is None and _is_leftover(key):
+        if file_key is None and (_is_leftover(key) or key.removeprefix(PREFIX).startswith(followers)):
             continue
         if file_key is None:
             result.unexpected_keys.append(key)
@@ -335,6 +338,12 @@ def placed(key: str, places: Mapping[str, str], inner: str = "") -> str | None:
         if twin in places:
             return twin
     return None
+
+
+def _followers(model: nn.Module) -> tuple[str, ...]:
+    """Starts of the keys of tied layers: some writers give them too the tensors that they share."""
+    tied = (n for n, layer in adapted_modules(model) if isinstance(layer, AdapterLayer) and layer.follows is not None)
+    return tuple(f"{file_prefix(name).removeprefix(PREFIX)}." for name in tied)
 
 
 def _is_leftover(key: str) -> bool:

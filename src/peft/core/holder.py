@@ -20,6 +20,8 @@ class BaseTunerLayer(nn.Module):
     """Attributes that hold parameters or modules by adapter."""
     other_param_names: ClassVar[tuple[str, ...]] = ()
     """Attributes that hold settings by adapter."""
+    file_prefix: ClassVar[str] = ""
+    """What stands before the slots' names in files."""
     vector_slots: ClassVar[tuple[str, ...]] = ()
     """Attributes that hold modules around one parameter, whose name files leave out."""
 
@@ -59,9 +61,10 @@ class BaseTunerLayer(nn.Module):
         for slot, entry in self.adapter_entries(name):
             if isinstance(entry, nn.Module):
                 for key, tensor in itertools.chain(entry.named_parameters(), entry.named_buffers()):
-                    yield slot if slot in self.vector_slots else f"{slot}.{key}", f"{slot}.{name}.{key}", tensor
+                    leaf = "" if slot in self.vector_slots else f".{key}"
+                    yield f"{self.file_prefix}{slot}{leaf}", f"{slot}.{name}.{key}", tensor
             else:
-                yield slot, f"{slot}.{name}", entry
+                yield f"{self.file_prefix}{slot}", f"{slot}.{name}", entry
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of this adapter."""

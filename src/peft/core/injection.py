@@ -27,6 +27,8 @@ from .targets import (
     find_targets,
     shortest_names,
 )
+from .tied import TiedLayer, sharing
+from .token_rows import TokenRowsLayer, find_token_rows
 
 if TYPE_CHECKING:
     from .tuner import BaseTuner
@@ -185,14 +187,18 @@ def _build(
 ) -> list[_Placement]:
     placements = []
     modules = base_modules(model)
-    for name, module in places.items():
+    attaches = tuner_cls.layer_cls.attached_as is not None
+    wanted = [(n, m, tuner_cls.layer_cls, tuner_cls.make_layer, attaches) for n, m in places.items()]
+    wanted += [(n, m, TokenRowsLayer, TokenRowsLayer.wrap, False) for n, m in find_token_rows(model, config).items()]
+    outermost: dict[str, nn.Module] = {}  # one module may get two layers
+    for name, module, layer_cls, make, attached in wanted:
         parent = model.get_submodule(name.rpartition(".")[0])
-        check_supported(name, module, parent, tuner_cls.layer_cls.attached_as is not None)
-        layer = _layer_on(module, tuner_cls.layer_cls)
+        check_supported(name, module, parent, attached)
+        layer = _layer_on(module, layer_cls)
         is_new = layer is None
         try:
             if layer is None:
-                layer = tuner_cls.make_layer(module, config)
+                layer = outermost[name] = make(outermost.get(name, module), config)
                 layer.training = module.training
             if layer.why_no_merge is None and layer.merged:
                 raise PeftError("other adapters are merged into it; call unmerge_adapter() first")
@@ -205,7 +211,19 @@ def _build(
         except (ValueError, NotImplementedError, PeftError) as error:
             raise type(error)(f"Cannot adapt {name!r}: {error}") from error
         placements.append(_Placement(name, layer, is_new, parts, source))
-    return placements
+    return placements + _tied(model, placements, outermost)
+
+
+def _tied(model: nn.Module, placements: list[_Placement], outermost: dict[str, nn.Module]) -> list[_Placement]:
+    """Layers that follow the new ones, on the modules that share their weight."""
+    followers = []
+    for place in placements:
+        if place.is_new and place.layer.ties:
+            for name, module in sharing(model, place.layer.get_base_layer()).items():
+                layer = outermost[name] = TiedLayer(outermost.get(name, module), place.layer)
+                layer.training = module.training
+                followers.append(_Placement(name, layer, True, Parts(), None))
+    return followers
 
 
 def _layer_on(module: nn.Module, layer_cls: type[AdapterLayer]) -> AdapterLayer | None:

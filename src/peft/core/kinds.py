@@ -130,6 +130,14 @@ class Factor(nn.Linear):
         return "Linear"
 
 
+class Vector(nn.Module):
+    """A module that holds one parameter, ``weight``."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+
+
 class LinearKind(LayerKind):
     """``nn.Linear``: ``y = x Wᵀ + b`` with W of shape (out_features, in_features)."""
 

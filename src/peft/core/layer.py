@@ -17,18 +17,10 @@ from torch import nn
 from . import merging
 from .blocks import Attachment
 from .holder import BaseTunerLayer
-from .kinds import LayerKind, kind_of
+from .kinds import LayerKind, Vector, kind_of
 from .mixed import by_rows
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-class Vector(nn.Module):
-    """A module that holds one parameter, ``weight``."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
 
 
 @dataclass
@@ -82,6 +74,10 @@ class AdapterLayer(BaseTunerLayer):
     """Whether a weighted sum of several adapters' parameters stands for the weighted sum of these adapters."""
     zeros_do_nothing: ClassVar[bool] = False
     """Whether an adapter of zeros changes nothing, nor do zeros behind its parameters in any dimension."""
+    ties: ClassVar[bool] = False
+    """Whether adapters act on every module that shares the layer's weight."""
+    follows: AdapterLayer | None = None
+    """The adapted layer whose adapters act here, where this one only shares its weight."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -187,6 +183,16 @@ class AdapterLayer(BaseTunerLayer):
             (batch, …, out_features), or ``None`` for going through the base layer and :meth:`after`.
         """
         return None
+
+    def after_tied(
+        self, layer: AdapterLayer, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()
+    ) -> torch.Tensor:
+        """Change the output of a layer that shares this one's weight; through ΔW where the method knows no cheaper form.
+
+        Args:
+            layer: The other layer, whose input and output ``x`` and ``y`` are; for the rest see :meth:`after`.
+        """
+        return AdapterLayer.after(layer, name, x, y, earlier)
 
     # -- forward ---------------------------------------------------------------------------------------------------
 

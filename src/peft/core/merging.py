@@ -120,6 +120,8 @@ def merged_weights(
 
 def names_to_merge(layer: AdapterLayer, adapter_names: Sequence[str] | None) -> list[str]:
     """Those of the asked adapters that are on this layer and not merged yet."""
+    if layer.follows is not None:
+        return []  # merged where the shared weight is adapted
     names = layer.active_adapters if adapter_names is None else adapter_names
     return [n for n in names if layer.has_adapter(n) and n not in layer.merged_adapters]
 
@@ -278,15 +280,19 @@ def check_mergeable(model: nn.Module, layers: Sequence[tuple[str, AdapterLayer, 
     Raises:
         ValueError: With the name of the first layer that cannot be merged, and the reason.
     """
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    followers = set()
     for module_name, module in model.named_modules(remove_duplicate=True):
+        if module.__dict__.get("follows") is not None:
+            followers.add((id(module.get_base_layer()), id(module.follows)))  # type: ignore[operator]
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{module_name}.{key}" if module_name else key)
+                owners.setdefault(id(parameter), []).append((f"{module_name}.{key}" if module_name else key, module))
     for name, layer, names in layers:
         if (reason := layer.why_not_mergeable(names)) is not None:
             raise ValueError(f"Cannot merge {shorten(names)} into {name!r}: {reason}.")
-        sharing = owners.get(id(layer.get_base_layer().weight), [])
+        base = layer.get_base_layer()
+        sharing = [n for n, m in owners.get(id(base.weight), []) if (id(m), id(layer)) not in followers]
         if len(sharing) > 1:
             raise ValueError(
                 f"Cannot merge {shorten(names)} into {name!r}: its weight is tied ({', '.join(sharing)}), so merging would "

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.token_rows import TokenRowsLayer
 from ..registry import get_method
 
 
@@ -34,8 +35,9 @@ def build_peft_weight_mapping(
             mapping.append(WeightRenaming(rf"\.{re.escape(slot)}\.{leaf}$", f".{slot}.{adapter_name}.{leaf}"))
     for slot in layer_cls.vector_slots:
         mapping.append(WeightRenaming(rf"\.{re.escape(slot)}$", f".{slot}.{adapter_name}.weight"))
-    for slot in layer_cls.parameter_slots:
-        mapping.append(WeightRenaming(rf"\.{re.escape(slot)}$", f".{slot}.{adapter_name}"))
+    for cls in dict.fromkeys((layer_cls, TokenRowsLayer)):
+        for slot in cls.parameter_slots:
+            mapping.append(WeightRenaming(rf"\.{re.escape(cls.file_prefix + slot)}$", f".{slot}.{adapter_name}"))
     return mapping
 
 

@@ -54,6 +54,8 @@ class LoraConfig(WeightConfig):
         alpha_pattern: The same for ``lora_alpha``.
         layer_replication: Ranges ``[start, end)`` of the base model's layers that follow one another in a deeper model. Layers that
             occur several times share their weights; each place has an adapter of its own.
+        trainable_token_indices: Tokens whose rows of the input embedding are trained too: a list, or lists by module name. Heads that
+            share the weight follow.
         use_dora: Adapt the weight's magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
         lora_bias: Give B a trained bias, which merging adds to the layer's.
 
@@ -102,7 +104,7 @@ class LoraConfig(WeightConfig):
     ensure_weight_tying: bool = False
 
     _not_built = (
-        "megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
         "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "target_parameters",
         "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
     )  # fmt: skip
