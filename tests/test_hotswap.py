@@ -184,6 +184,20 @@ def test_training_goes_on_after_a_swap():
         torch.testing.assert_close(got[got != 0], wanted[wanted != 0])
 
 
+def test_single_trained_rows_are_replaced_by_the_same_rows_only():
+    rows = {"target_modules": ["first"], "trainable_token_indices": {"embedding": [1, 4]}}
+    model, source = adapted(1, **rows), adapted(2, **rows)
+    hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(source), "default", source.peft_config["default"])
+    torch.testing.assert_close(model(IDS), source(IDS))
+    others = adapted(3, **rows | {"trainable_token_indices": {"embedding": [1, 5]}})
+    before = everything(model)
+    with pytest.raises(ValueError, match="trainable_token_indices is"):
+        hotswap_adapter_from_state_dict(
+            model, get_peft_model_state_dict(others), "default", others.peft_config["default"]
+        )
+    same(everything(model), before)
+
+
 def test_wrong_calls_are_refused():
     model = adapted(1, target_modules=["first", "second"])
     tensors, config = get_peft_model_state_dict(model), model.peft_config["default"]

@@ -109,7 +109,7 @@ class LoraConfig(WeightConfig):
         "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
     )  # fmt: skip
 
-    swap_keys = ("use_dora", "lora_bias", "lora_dropout", "bias")
+    swap_keys = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token_indices")
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
