@@ -226,7 +226,8 @@ def test_the_best_evaluation_is_kept_and_early_stopping_stops(bert, reviews, tmp
     report = json.loads((tmp_path / "run" / "metrics.json").read_text())
     seen = [e["eval_accuracy"] for e in report["history"] if "eval_accuracy" in e]
     assert len(seen) < 30 and report["best"]["value"] == max(seen) == seen[-3]
-    assert report["validation"]["accuracy"] == max(seen)
+    equals = [e["eval_loss"] for e in report["history"] if e.get("eval_accuracy") == max(seen)]
+    assert report["validation"]["accuracy"] == max(seen) and report["best"]["loss"] == min(equals)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

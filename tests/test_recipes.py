@@ -284,6 +284,15 @@ def test_the_kind_of_labels_is_seen(labels, kind, names):
     assert (task.kind, task.labels) == (kind, names)
 
 
+def test_labels_of_rows_that_were_drawn_for_other_splits_are_labels():
+    rows = [{"tokens": [f"w{i}", "x"], "tags": ["B-a" if i else "B-rare", "O"]} for i in range(20)]
+    for seed in range(20):  # in some of these the rare tag is not among the training rows
+        splits, task = splits_of("token-classification", seed, train=rows, validation_size=5, test_size=5)
+        assert task.labels == ["O", "B-a", "I-a", "B-rare", "I-rare"]
+        among = any("B-rare" in row["tags"] for row in splits.train)
+        assert task.notes == ([] if among else ["No training row has the tag 'B-rare'."])
+
+
 def test_the_columns_of_an_instruction_set_are_joined():
     rows = [{"instruction": f"Do {i}", "input": "this" if i % 2 else "", "output": "done"} for i in range(20)]
     splits, _ = splits_of("causal-lm", train=rows, columns={"prompt": ["instruction", "input"], "response": "output"})
@@ -305,7 +314,7 @@ def test_the_documented_learning_rates_are_those_in_force():
     from pathlib import Path
 
     text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([a-z0-9-]+) \| (\d[\de.-]*) \| (\d[\de.-]*) \|$", text, re.M)
+    rows = re.findall(r"^\| ([a-z0-9-]+) \| (\d[\de.-]*) \| (\d[\de.-]*) \|", text, re.M)
     assert {name for name, *_ in rows} == set(RATES)
     for name, labels, generating in rows:
         assert float(labels) == learning_rate(name, "sequence-classification"), name

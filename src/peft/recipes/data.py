@@ -64,6 +64,7 @@ class Splits:
         train: To train on.
         validation: To choose by; empty where the recipe wants none.
         test: To measure on; empty where the recipe wants none.
+        pool: All rows of the training source, also those drawn for the other splits or left out: what labels there are.
         label_names: Names of the labels, where the source or the recipe gives them.
         notes: What was found and decided, for the user to read.
     """
@@ -71,6 +72,7 @@ class Splits:
     train: list[Row]
     validation: list[Row]
     test: list[Row]
+    pool: list[Row]
     label_names: list[str] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -121,12 +123,11 @@ def load_splits(
     _without_repeats(splits, roles, notes)
 
     rng = random.Random(seed)
-    rest = splits["train"]
-    whole = len(rest)
+    rest = pool = splits["train"]
     if "test" not in splits and (size := section.test_rows or section.test_size):
-        splits["test"], rest = draw(rest, _count(size, whole, rest), group, rng)
+        splits["test"], rest = draw(rest, _count(size, len(pool), rest), group, rng)
     if "validation" not in splits and (size := section.validation_rows or section.validation_size):
-        splits["validation"], rest = draw(rest, _count(size, whole, rest), group, rng)
+        splits["validation"], rest = draw(rest, _count(size, len(pool), rest), group, rng)
     splits["train"] = rest
     for split in ("train", "validation", "test"):
         rows, limit = splits.get(split, []), getattr(section, f"{split}_rows")
@@ -142,7 +143,7 @@ def load_splits(
     label_column = columns.get(roles.label or "")
     names = tables["train"].label_names.get(label_column) if isinstance(label_column, str) else None
     notes.append("Rows: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "validation", "test")) + ".")
-    return Splits(splits["train"], splits["validation"], splits["test"], section.labels or names, notes)
+    return Splits(splits["train"], splits["validation"], splits["test"], pool, section.labels or names, notes)
 
 
 def load_rows(

@@ -229,7 +229,8 @@ def _save(trainer: RecipeTrainer, folder: Path, main: bool) -> None:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         trainer.model.save_pretrained(folder, state_dict=state, is_main_process=main)  # type: ignore[union-attr, operator]
     elif main:
-        trainer.model.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        with models.quiet():
+            trainer.model.save_pretrained(folder)  # type: ignore[union-attr, operator]
 
 
 def _report(

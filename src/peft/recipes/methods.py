@@ -32,23 +32,23 @@ START: dict[str, dict[str, Any]] = {
 }
 
 LABELS, TEXT = ("sequence-classification", "token-classification", "question-answering"), ("causal-lm", "seq2seq")
-# Learning rates for tasks with a new head, and for tasks that generate.
+# Learning rates for tasks with a new head, and for tasks that generate. docs/recipes.md says where each is from.
 RATES: dict[str, tuple[float, float]] = {
     FULL: (5e-5, 2e-5),
     HEAD: (1e-3, 1e-3),
     "lora": (1e-3, 2e-4),
     "rslora": (5e-4, 1e-4),
     "dora": (1e-3, 2e-4),
-    "ia3": (5e-3, 3e-3),
-    "loha": (1e-3, 3e-4),
-    "lokr": (1e-3, 3e-4),
+    "ia3": (3e-3, 3e-3),
+    "loha": (1e-3, 2e-4),
+    "lokr": (1e-3, 2e-4),
     "bottleneck": (1e-3, 3e-4),
     "prefix-tuning": (1e-2, 1e-2),
     "p-tuning-v2": (1e-2, 1e-2),
     "prompt-tuning": (3e-2, 3e-2),
-    "p-tuning": (3e-3, 3e-3),
+    "p-tuning": (1e-3, 1e-3),
 }
-OTHER_RATES = (1e-3, 3e-4)
+OTHER_RATES = (1e-3, 2e-4)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,11 +146,29 @@ def load_base(section: ModelSection, task: Task, tokenizer: Any, on_meta: bool =
                 with torch.device("meta"):
                     return auto.from_config(config), notes
             dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-            model = auto.from_pretrained(where, config=config, dtype=dtype, **options)
+            if "gguf_file" in options:
+                with contextlib.redirect_stderr(io.StringIO()):  # a bar that is not transformers' own
+                    model = _plain(auto.from_pretrained(where, config=config, dtype=dtype, **options))
+            else:
+                model = auto.from_pretrained(where, config=config, dtype=dtype, **options)
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise _cannot_load("model", section.name, error) from None
     model.config._name_or_path = model.name_or_path = section.name if "gguf_file" in options else where
     return model, notes
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The weights of a .gguf file are plain numbers once they are read: marks that say otherwise keep the Trainer from training."""
+    if all(p.is_floating_point() for p in model.parameters()):
+        model.is_quantized = False  # type: ignore[assignment]
+        for owner, name in (
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+            (model.config, "quantization_config"),
+        ):
+            if hasattr(owner, name):
+                delattr(owner, name)
+    return model
 
 
 def _change(config: Any, section: ModelSection, notes: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from ..mapping import get_peft_model
 from ..model import PeftModel
 from ..registry import get_method
 from .errors import RecipeError, need
+from .models import quiet
 from .runs import TASK_FILE, load_run
 from .tasks import Task
 
@@ -52,7 +55,8 @@ def merge_run(folder: Path, target: Path) -> Iterator[str]:
         raise RecipeError(
             f"The merged model's outputs differ from the adapter's by {difference:.1e} of the largest; nothing was written."
         )
-    plain.save_pretrained(target)
+    with quiet():
+        plain.save_pretrained(target)
     task.tokenizer.save_pretrained(target)
     size = sum(p.stat().st_size for p in target.glob("*.safetensors"))
     yield f"{target} holds a plain {type(plain).__name__}, {size / 1e6:,.1f} MB."
@@ -214,7 +218,8 @@ def export_onnx(folder: Path, target: Path, int8: bool = False) -> Iterator[str]
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         files["int8"] = target / "model-int8.onnx"
-        quantize_dynamic(str(path), str(files["int8"]), weight_type=QuantType.QInt8)
+        with _no_logs():  # it recommends a step that is for pictures
+            quantize_dynamic(str(path), str(files["int8"]), weight_type=QuantType.QInt8)
     for name, file in files.items():
         found, took = _run_onnx(file, batch)
         difference = disagreement(expected, found)
@@ -226,15 +231,24 @@ def export_onnx(folder: Path, target: Path, int8: bool = False) -> Iterator[str]
         yield f"{file} ({name}): {size:,.1f} MB, {took:.1f} ms; outputs within {difference:.1e} of torch's largest."
 
 
+@contextlib.contextmanager
+def _no_logs() -> Iterator[None]:
+    """Within this context only errors are logged: exporters tell of packages that nobody needs here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _flat_outputs(found: Any) -> torch.Tensor:
     return found.logits if hasattr(found, "logits") else torch.stack([found.start_logits, found.end_logits], -1)
 
 
 def _write_onnx(model: Any, batch: dict[str, torch.Tensor], path: Path) -> None:
     """torch's exporter, with the number of texts and their length left open."""
-    import contextlib
     import io
-    import logging
     import warnings
 
     class Positional(torch.nn.Module):
@@ -246,8 +260,7 @@ def _write_onnx(model: Any, batch: dict[str, torch.Tensor], path: Path) -> None:
             return _flat_outputs(self.model(**dict(zip(batch, inputs, strict=True))))
 
     rows, width = torch.export.Dim("rows", min=1, max=4096), torch.export.Dim("width", min=2, max=4096)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad(), _no_logs():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             Positional().eval(), tuple(batch.values()), str(path), input_names=list(batch), output_names=["logits"], dynamo=True,

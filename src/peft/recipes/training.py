@@ -117,14 +117,18 @@ class RecipeTrainer(Trainer):
         metrics["eval_seconds"] = round(time.perf_counter() - start, 3)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._remember(found[self.task.metric])
+        self._remember(found[self.task.metric], found["loss"])
         return metrics
 
-    def _remember(self, value: float) -> None:
+    def _remember(self, value: float, loss: float) -> None:
+        """Keep the weights if the metric is the best so far; of equal ones the lower loss decides."""
         training = self.recipe.training
-        if self.best is None or math.isnan(self.best["value"]) or better(value, self.best["value"], self.task):
+        best = self.best
+        equal = best is not None and value == best["value"] and loss < best["loss"]
+        if best is None or math.isnan(best["value"]) or equal or better(value, best["value"], self.task):
             self.best = {
                 "value": value,
+                "loss": loss,
                 "step": self.state.global_step,
                 "epoch": self.state.epoch,
                 "metric": self.task.metric,

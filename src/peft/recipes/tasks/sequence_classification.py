@@ -55,7 +55,7 @@ class SequenceClassification(Task):
             return
         if self.kind == "multi-label":
             self.metric = "f1_micro"
-        self.labels = [str(n) for n in splits.label_names] if splits.label_names else self._found(splits.train)
+        self.labels = [str(n) for n in splits.label_names] if splits.label_names else self._found(splits.pool)
         for split in ("train", "validation", "test"):
             self._check_split(split, getattr(splits, split))
         if len(self.labels) < 2 and self.kind == "single":

@@ -41,7 +41,7 @@ class TokenClassification(Task):
         return bool(kinds)
 
     def learn(self, splits: Splits) -> None:
-        found = {str(tag) for row in splits.train for tag in row["tags"]}
+        found = {str(tag) for row in splits.pool for tag in row["tags"]}
         if splits.label_names:
             self.labels = [str(n) for n in splits.label_names]
         else:
@@ -58,6 +58,9 @@ class TokenClassification(Task):
                     f"{split} rows have tags that are not among the labels: {shorten(sorted(unknown))}"
                     f"{did_you_mean(sorted(unknown)[0], self.labels)}. Mend them, or name all labels: data.labels=[…]."
                 )
+        seen = {self._number(tag) for row in splits.train for tag in row["tags"]}
+        if never := [name for i, name in enumerate(self.labels) if i not in seen and name[:2] != "I-"]:
+            self.notes.append(f"No training row has the tag {shorten(never)}.")
         if len(self.labels) < 2:
             raise RecipeError(
                 f"All words of the training rows have the tag {self.labels[0]!r}; at least two tags are needed."
