@@ -69,16 +69,10 @@ def inspect(
     measured = any(layer["share"] is not None for layer in found["layers"])
     lines = []
     for layer in found["layers"]:
-        value = layer["share"] if measured else layer["norm"]
-        lines.append(
-            [
-                layer["name"],
-                f"{layer['norm']:.3f}",
-                f"{value:.2%}" if measured else "",
-                "█" * round(24 * (value or 0) / most),
-            ]
-        )
-    head = ["layer", "norm of the change", "of the weight", ""] if measured else ["tensor", "norm", "", ""]
+        bar = "█" * round(24 * ((layer["share"] if measured else layer["norm"]) or 0) / most)
+        share = [f"{layer['share']:.2%}"] if measured else []
+        lines.append([layer["name"], f"{layer['norm']:.3f}", *share, bar])
+    head = ["layer", "norm of the change", "of the weight", ""] if measured else ["tensor", "norm", ""]
     print_table(head, lines)
 
 
