@@ -230,6 +230,28 @@ def test_the_best_evaluation_is_kept_and_early_stopping_stops(bert, reviews, tmp
     assert report["validation"]["accuracy"] == max(seen) and report["best"]["loss"] == min(equals)
 
 
+def test_with_lora_plus_b_learns_faster(bert, reviews, tmp_path):
+    common = [
+        "train",
+        "--task",
+        "sequence-classification",
+        "--model",
+        bert,
+        "--data",
+        reviews,
+        "training.max_steps=1",
+        "warmup=0",
+    ]
+    for name, ratio in (("plain", []), ("plus", ["training.lora_plus_ratio=16"])):
+        run(*common, *ratio, "training.learning_rate=1e-4", "--out", tmp_path / name)
+    key = next(k for k in weights(tmp_path / "plus") if "lora_B" in k)
+    # B starts at zero, and the first step of Adam is as long as the learning rate.
+    assert weights(tmp_path / "plain")[key].abs().max() == pytest.approx(1e-4, rel=1e-2)
+    assert weights(tmp_path / "plus")[key].abs().max() == pytest.approx(16e-4, rel=1e-2)
+    refused = run(*common, "training.lora_plus_ratio=16", "--method", "head", "--out", tmp_path / "head", code=1)
+    assert "lora_plus_ratio is for methods with B matrices" in refused.stderr
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,8 @@ def _costs(folder: Path, reports: dict[str, Any]) -> Iterator[str]:
     names, rounds, start = list(reports), 100, time.perf_counter()
     for i in range(rounds):
         shared.model.set_adapter(names[i % len(names)])
-    yield f"Switching from one to the next takes {1000 * (time.perf_counter() - start) / rounds:.2f} ms; in a mixed batch there is nothing to switch."
+    took = 1000 * (time.perf_counter() - start) / rounds
+    yield f"Switching from one to the next takes {took:.2f} ms; in a mixed batch there is nothing to switch."
 
 
 class _Given(nn.Module):

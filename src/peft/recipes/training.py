@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..core.errors import did_you_mean
 from ..core.files import safetensors_writer, write_atomically
+from ..optimizers import create_loraplus_optimizer
 from .errors import RecipeError
 from .inference import run
 from .methods import learning_rate
@@ -194,22 +195,18 @@ class RecipeTrainer(Trainer):
     # -- optimiser -------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """AdamW; with LoRA+ (Hayou et al. 2024, arXiv 2402.12354) the B matrices learn faster."""
+        """AdamW; with LoRA+ the B matrices learn faster."""
         ratio = self.recipe.training.lora_plus_ratio
         if ratio is None or self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
-        fast: list[torch.Tensor] = []
-        rest: list[torch.Tensor] = []
-        for name, parameter in self.model.named_parameters():  # type: ignore[union-attr]
-            if parameter.requires_grad:
-                (fast if ".lora_B." in name else rest).append(parameter)
-        if not fast:
+        model: Any = self.model
+        if not any(".lora_B." in name for name, parameter in model.named_parameters() if parameter.requires_grad):
             raise RecipeError(
                 "training.lora_plus_ratio is for methods with B matrices; this model has none. Leave it out."
             )
         rate, decay = self.args.learning_rate, self.args.weight_decay
-        self.optimizer = torch.optim.AdamW(
-            [{"params": rest, "lr": rate}, {"params": fast, "lr": rate * ratio}], weight_decay=decay
+        self.optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay
         )
         return self.optimizer
 
