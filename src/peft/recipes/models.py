@@ -157,10 +157,10 @@ def load_base(section: ModelSection, task: Task, tokenizer: Any, on_meta: bool =
     return model, notes
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def _plain(model: Any) -> Any:
     """The weights of a .gguf file are plain numbers once they are read: marks that say otherwise keep the Trainer from training."""
     if all(p.is_floating_point() for p in model.parameters()):
-        model.is_quantized = False  # type: ignore[assignment]
+        model.is_quantized = False
         for owner, name in (
             (model, "hf_quantizer"),
             (model, "quantization_method"),
