@@ -20,7 +20,7 @@ import peft
 import recipe_data as data
 from peft import AutoPeftModelForSequenceClassification
 from peft.cli import app
-from peft.recipes.methods import methods
+from peft.recipes.methods import RATES, methods
 
 runner = CliRunner()
 SMALL = ["data.max_length=32", "training.batch_size=8", "training.learning_rate=0.01"]
@@ -116,7 +116,7 @@ def test_from_python(bert, reviews, tmp_path):
     assert peft.finetune(recipe, "seed=3", resume=True, tell=None).metrics == result.metrics
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", sorted(methods().keys() & RATES.keys()))
 def test_every_method_trains_saves_and_loads(bert, reviews, tmp_path, method):
     steps = ["training.max_steps=2", "data.train_rows=24", "data.test_rows=12", "validation_size=0"]
     args = ["train", "--task", "sequence-classification", "--model", bert, "--data", reviews, "--method", method]
@@ -282,6 +282,12 @@ def test_errors_are_one_line_and_no_traceback(args, message, bert, reviews, tmp_
     result = run(*filled, code=1)
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.output
+
+
+def test_a_method_that_leaves_the_head_frozen_is_refused(bert, reviews, tmp_path):
+    args = ["train", "--task", "sequence-classification", "--model", bert, "--data", reviews, "--out", tmp_path / "run"]
+    said = run(*args, "--method", "trainable-tokens", "method.token_indices=[9]", code=1).stderr
+    assert "leaves the new head for sequence-classification as it is" in said
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):

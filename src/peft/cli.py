@@ -374,7 +374,7 @@ def compare(
     model: ModelOption = None,
     data: DataOption = None,
     names: Annotated[
-        str, typer.Option("--methods", help="Names, with commas between; all that are built when not given.")
+        str, typer.Option("--methods", help="Names, with commas between; all that work without options when not given.")
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 1,
     search: Annotated[

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.files import write_atomically
 from .errors import RecipeError
-from .methods import learning_rate, method_info, methods
+from .methods import RATES, learning_rate, method_info, methods
 from .recipe import Recipe, as_recipe, read_recipe
 from .report import COMPARISON_FILE, table_rows, write_report
 from .runs import METRICS_FILE, RECIPE_FILE
@@ -36,7 +36,7 @@ def compare(
 
     Args:
         recipe: A recipe, as :func:`~peft.finetune` takes it.
-        names: Of the methods; all that are built when empty.
+        names: Of the methods; when empty, all that are built and work without options.
         *overrides: ``key=value``.
         seeds: Runs of each method: seeds ``seed``, ``seed + 1``, …
         out: Folder of the comparison; ``runs/compare-TASK`` when not given.
@@ -53,7 +53,7 @@ def compare(
     recipe = as_recipe(recipe, overrides)
     if recipe.tasks:
         raise RecipeError("A recipe with several tasks cannot be compared: compare one task at a time.")
-    chosen = [method_info(name).name for name in names] or list(methods())
+    chosen = [method_info(name).name for name in names] or [name for name in methods() if name in RATES]
     folder = out or Path("runs") / f"compare-{recipe.task}"
     assert recipe.data is not None
     comparison: dict[str, Any] = {

@@ -118,7 +118,7 @@ def method_table(section: ModelSection | None, task_name: str = "sequence-classi
                 trained, total = count_parameters(model)
                 row |= {"parameters": trained, "share": trained / total}
             except Exception as error:
-                row["problem"] = str(error).strip().splitlines()[0][:160]
+                row["problem"] = str(error).strip().splitlines()[0][:60]
         rows.append(row)
     return rows
 

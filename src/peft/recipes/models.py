@@ -204,13 +204,18 @@ def apply_method(model: nn.Module, section: MethodSection, task: Task) -> Any:
             )
         return model
     config = build_config(section, task.task_type)
-    if not task.generates and hasattr(config, "modules_to_save"):
+    heads = [] if task.generates else head_names(model)
+    if hasattr(config, "modules_to_save"):
         # Some heads have parts beside the classifier (DistilBERT's pre_classifier): they are new too, and have to learn.
-        config.modules_to_save = [*(config.modules_to_save or []), *head_names(model)]
+        config.modules_to_save = [*(config.modules_to_save or []), *heads] or None
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except (ValueError, NotImplementedError) as error:
         raise RecipeError(f"The method {name!r} does not suit this model: {error}") from None
+    parts = [adapted.get_base_model().get_submodule(head) for head in heads]
+    if parts and not any(p.requires_grad for part in parts for p in part.parameters()):
+        raise RecipeError(f"The method {name!r} leaves the new head for {task.name} as it is: choose another method.")
+    return adapted
 
 
 def head_names(model: nn.Module) -> list[str]:
