@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny
+from benchmarks.saved_bytes import saved_bytes
 from peft import BottleneckConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.core.holder import adapted_modules
 from peft.core.targets import base_modules, match
+from peft.helpers import recompute_inputs
+from peft.kernels import low_rank
 from peft.tuners.bottleneck.places import PLACES
 from settings import logits, randomise
 from tiny_architectures import build_on_meta
@@ -147,6 +150,22 @@ def test_starts():
     near = get_peft_model(Net(), BottleneckConfig(target_modules=["fc2"], bottleneck_dim=4, init="bert"))
     assert 0 < (near(X) - Net()(X)).abs().max() < 0.02
     assert 0.005 < parts(near)["up"].std() < 0.04
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["norm"]}, {"target_modules": ["fc2"], "ln_before": True}])
+def test_what_a_norm_gives_is_not_kept(options, monkeypatch):
+    monkeypatch.setattr(low_rank, "FEW", 0)
+    x, found = X.clone().requires_grad_(), {}
+    for enabled in (False, True):
+        model = adapted(**options)
+        with recompute_inputs(enabled):
+            y = model(x)
+            kept = saved_bytes(y, model.parameters())
+            y.square().sum().backward()
+        found[enabled] = kept, [p.grad for p in model.parameters() if p.requires_grad]
+    assert found[True][0] == found[False][0] - X.numel() * 4
+    for got, wanted in zip(found[True][1], found[False][1], strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 # where they sit ----------------------------------------------------------------------------------------------------

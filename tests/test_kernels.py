@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from peft.kernels import dropout, low_rank
+from peft.kernels.linear import linear
 from peft.kernels.low_rank import add_low_rank, add_low_rank_reference, low_rank_linear
+from peft.kernels.recompute import Memo
 
 
 def operands(lead=(2, 3), k=5, d=4, r=2, dtype=torch.float64):
@@ -154,3 +156,21 @@ def test_dropout_keeps_the_mean_of_the_low_rank_path():
     plain = low_rank_linear(x, weight, None, a, b, 1.0) - base
     mean = sum(low_rank_linear(x, weight, None, a, b, 1.0, 0.3) - base for _ in range(4000)) / 4000
     torch.testing.assert_close(mean, plain, atol=0.12, rtol=0.05)
+
+
+@pytest.mark.parametrize("lead", [(7,), (2, 3), (), (0, 3)])
+def test_linear_equals_its_reference(lead, monkeypatch):
+    monkeypatch.setattr(low_rank, "FEW", 0)
+    x, _, bias, a, _ = linear_operands(lead, d=2)
+    torch.testing.assert_close(linear(x, a, bias, Memo()), F.linear(x, a, bias))
+
+
+@pytest.mark.parametrize("producer", [lambda h: h, F.gelu], ids=["saved", "recomputed"])
+def test_linear_gradients(producer, monkeypatch):
+    monkeypatch.setattr(low_rank, "FEW", 0)
+    x, _, bias, a, _ = linear_operands(d=2)
+    function = lambda x, a, bias: linear(producer(x), a, bias, Memo())  # noqa: E731
+    assert torch.autograd.gradcheck(function, (x, a, bias))
+    assert torch.autograd.gradgradcheck(function, (x, a, bias))
+    kept = linear(producer(x), a, bias, Memo()).grad_fn.saved_tensors[0]
+    assert (kept is None) == (producer is F.gelu)

@@ -1,0 +1,54 @@
+"""A trained linear layer that need not keep its input for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import recompute
+from .low_rank import _autocast, _by_hand
+from .recompute import Memo
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, memo: Memo) -> torch.Tensor:
+    """``x Wᵀ + bias``, as ``F.linear``.
+
+    Args:
+        x: (…, in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,).
+        memo: Of the layer, for recomputing ``x``.
+
+    Returns:
+        (…, out_features).
+
+    Saved for backward: ``weight``, and ``x`` unless it can be computed again from what its producer keeps
+    (:mod:`peft.kernels.recompute`); ``F.linear`` always saves both. The cost is the producer's own operation once more.
+    """
+    if not _by_hand(x, weight, bias):
+        return F.linear(x, weight, bias)
+    x, weight, bias = _autocast(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Linear.apply(x, weight, bias, memo)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, memo: Memo) -> torch.Tensor:
+        needed = ctx.needs_input_grad[1]
+        ctx.way = recompute.way_back(x, memo) if needed else None
+        ctx.save_for_backward(x if needed and ctx.way is None else None, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        if ctx.way is not None:
+            x = recompute.recompute(ctx.next_functions[0][0], ctx.way)
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, flat.sum(0) if ctx.needs_input_grad[2] else None, None
