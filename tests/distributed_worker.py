@@ -22,6 +22,7 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from settings import ONE_EACH, ONE_EACH_IDS, SETTINGS, randomise
 
 STEPS = 3
+SHARED_SLOTS = ("bottleneck_phm_shared_rule",)
 # In the blocks, and beside them: what the outermost unit holds stays gathered after a forward pass.
 SHARDED = dataclasses.replace(
     SETTINGS[0],
@@ -36,8 +37,15 @@ def data_parallel(model):
 
 
 def shard(model):
-    """Each block, then the rest, as `fully_shard` is meant to be used."""
-    for block in model.get_base_model().model.layers:
+    """Each block, then the rest, as `fully_shard` is meant to be used; but a tensor that layers share ties them together."""
+    if any(shared in n for n, _ in model.named_parameters() for shared in SHARED_SLOTS):
+        return fully_shard(model)
+    return shard_blocks(model)
+
+
+def shard_blocks(model):
+    base = model.get_base_model()
+    for block in [m for m in base.modules() if type(m).__name__ in base._no_split_modules]:
         fully_shard(block)
     return fully_shard(model)
 
@@ -140,7 +148,11 @@ def main(folder: Path) -> None:
         losses, model = train(setting, base, rank, world, data_parallel)
         result[name] = losses
         model.save_pretrained(folder / name, is_main_process=rank == 0)
+        result[f"{name}, sharded"], model = train(setting, base, rank, world, shard)
+        model.save_pretrained(folder / f"{name}, sharded", is_main_process=rank == 0)
     result["fully_shard"] = sharded(folder, rank, world)
+    compacter = next((s, b) for s, b in ONE_EACH if s.name == "compacter")
+    result["shared"] = refusal(lambda: train(*compacter, rank, world, shard_blocks))
     result["FSDP"] = fully_sharded_data_parallel(rank, world)
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(result))

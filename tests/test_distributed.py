@@ -44,8 +44,9 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("setting", "base"), ONE_EACH, ids=ONE_EACH_IDS)
-def test_data_parallel_training_equals_one_process(two_processes, setting, base):
-    name = f"{setting.name}-{base.name}"
+@pytest.mark.parametrize("form", ["", ", sharded"])
+def test_training_equals_one_process(two_processes, setting, base, form):
+    name = f"{setting.name}-{base.name}{form}"
     losses, model = train(setting, base)
     assert json.loads((two_processes / "losses.json").read_text())[name] == pytest.approx(losses, abs=1e-5)
     saved = load_file(two_processes / name / "adapter_model.safetensors")
@@ -77,6 +78,11 @@ def test_what_a_sharded_model_refuses(two_processes):
     assert "Add adapters before the model is sharded" in told["add"]
     assert "The state dict given lacks 15 tensors" in told["partial"]
     assert not (two_processes / "partial").exists()
+
+
+def test_a_tensor_shared_by_layers_that_are_sharded_apart_is_refused(two_processes):
+    told = json.loads((two_processes / "losses.json").read_text())["shared"]
+    assert "shared by layers that were sharded apart" in told and "`fully_shard(model)` alone" in told
 
 
 @pytest.mark.parametrize("form", ["original parameters", "flat parameters"])

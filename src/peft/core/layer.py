@@ -16,9 +16,11 @@ from torch import nn
 
 from . import merging
 from .blocks import Attachment
+from .errors import PeftError
 from .holder import BaseTunerLayer
 from .kinds import LayerKind, Vector, kind_of
 from .mixed import by_rows
+from .sharding import is_dtensor
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -434,8 +436,14 @@ class AdapterLayer(BaseTunerLayer):
         return value
 
     def shared(self, slot: str, name: str) -> nn.Parameter:
-        """The parameter of one of ``shared_slots``, wherever it is held."""
-        return getattr(self._first.get(name, self), slot)[name]
+        """The parameter of one of ``shared_slots``, wherever it is held; ``PeftError`` if it is sharded apart from this layer."""
+        parameter = getattr(self._first.get(name, self), slot)[name]
+        if type(parameter) is not nn.Parameter and is_dtensor(parameter):
+            raise PeftError(
+                f"{slot!r} of adapter {name!r} is shared by layers that were sharded apart, so it is not gathered here. "
+                "Shard the model as one unit: `fully_shard(model)` alone."
+            )
+        return parameter
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
