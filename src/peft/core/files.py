@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 import warnings
@@ -93,8 +94,8 @@ def write_atomically(folder: str | os.PathLike, files: Mapping[str, bytes | Call
             if os.path.isdir(final):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), final)
             _sweep(parent, leaf)
-            handle, temporary = tempfile.mkstemp(prefix=f".{leaf}.", suffix=".tmp", dir=parent)
-            os.close(handle)
+            # In a folder of its own: writers make temporary files of their own beside what they write.
+            temporary = os.path.join(tempfile.mkdtemp(prefix=f".{leaf}.", suffix=".tmp", dir=parent), leaf)
             written.append((temporary, final))
             if callable(content):
                 content(temporary)
@@ -106,9 +107,7 @@ def write_atomically(folder: str | os.PathLike, files: Mapping[str, bytes | Call
         for temporary, final in written:
             os.replace(temporary, final)
     except BaseException as error:
-        for temporary, _ in written:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        _remove_folders(written)
         for path in reversed(made):
             with contextlib.suppress(OSError):
                 os.rmdir(path)
@@ -118,6 +117,7 @@ def write_atomically(folder: str | os.PathLike, files: Mapping[str, bytes | Call
                 error.errno, f"{reason}: nothing was saved, and what was there is as it was", folder
             ) from error
         raise
+    _remove_folders(written)
     for path in {os.path.dirname(final) for _, final in written}:
         # The new names reach the disk too, where the system lets a folder be synchronised.
         with contextlib.suppress(OSError):
@@ -134,14 +134,19 @@ def _make_folders(folder: str, made: list[str]) -> None:
         made.append(folder)
 
 
+def _remove_folders(written: list[tuple[str, str]]) -> None:
+    for temporary, _ in written:
+        shutil.rmtree(os.path.dirname(temporary), ignore_errors=True)
+
+
 def _sweep(folder: str, name: str) -> None:
-    """Remove temporary files that a killed process left behind; those of the last hour may be in use by another one."""
+    """Remove temporary folders that a killed process left behind; those of the last hour may be in use by another one."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(f".{name}.") and entry.name.endswith(".tmp"):
                 with contextlib.suppress(OSError):
                     if time.time() - entry.stat().st_mtime > 3600:
-                        os.unlink(entry.path)
+                        shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _sync(path: str) -> None:
