@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from .sharding import fill, full_shape, plain_name, reshard, whole
 from .targets import EMBEDDING_NAMES, base_modules
 
 PREFIX = "base_model.model."
+HALF_PREFIX = "base_model."
 
 
 @dataclass
@@ -42,17 +44,50 @@ def file_prefix(name: str) -> str:
     return re.sub(r"(\.base_layer)+$", "", plain_name(name))
 
 
+def _namer(model: nn.Module, config: Any) -> Callable[[str], str]:
+    """A function from names in a model to those in an adapter's file.
+
+    Files of weight methods call the base model ``base_model.model``, those with virtual tokens ``base_model``, whichever of the two
+    the holder does.
+    """
+    if not hasattr(model, "get_base_model"):
+        return lambda name: name
+    here = HALF_PREFIX if model.base_model is model.get_base_model() else PREFIX  # type: ignore[operator]
+    there = HALF_PREFIX if getattr(config, "is_prompt_learning", False) else PREFIX
+    return lambda name: there + name.removeprefix(here) if name.startswith(here) else name
+
+
 def adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Key in the file, key in the model, and tensor of each tensor of an adapter, base biases that it trains included."""
     config = configs_of(model).get(adapter_name)
+    named = _namer(model, config)
     for name, layer in adapted_modules(model):
         for file_key, own_key, tensor in layer.adapter_tensors(adapter_name):
-            if name:
-                yield f"{file_prefix(name)}.{plain_name(file_key)}", f"{name}.{own_key}", tensor
-            else:
+            if not name:
                 yield file_key, own_key, tensor
+            elif layer.stands_alone:
+                yield file_key, f"{name}.{own_key}", tensor
+            else:
+                yield f"{named(file_prefix(name))}.{plain_name(file_key)}", f"{name}.{own_key}", tensor
     for name, parameter in bias_parameters(model, config, adapter_name).items():
-        yield plain_name(name), name, parameter
+        yield named(plain_name(name)), name, parameter
+
+
+def training_tensors(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """What training goes on from where an adapter's own file holds only a result of it; empty for most adapters.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+        state_dict: Take the tensors from here, by their keys in the model.
+    """
+    return {
+        key: whole(tensor if state_dict is None else state_dict[f"{name}.{own_key}"], own_key)
+        for name, layer in adapted_modules(model)
+        for key, own_key, tensor in layer.training_tensors(adapter_name)
+    }
 
 
 def get_peft_model_state_dict(
@@ -85,8 +120,13 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     require_adapters(model, adapter_name, configs_of(model))
     result: dict[str, torch.Tensor] = {}
+    if state_dict is not None:
+        for name, layer in adapted_modules(model):
+            result.update(layer.fold(adapter_name, state_dict, f"{name}." if name else ""))
     lacking = []
     for file_key, own_key, tensor in adapter_tensors(model, adapter_name):
+        if file_key in result:
+            continue
         if state_dict is None:
             result[file_key] = whole(tensor, own_key)
         elif (known := own_key if own_key in state_dict else plain_name(own_key)) in state_dict:
@@ -111,7 +151,8 @@ def get_peft_model_state_dict(
         source = model.state_dict() if state_dict is None else state_dict
         names = [n for n in embedding_weights(model) if n in source]
         adapted = [n for n in names if n.endswith(".base_layer.weight")]
-        result.update({n: whole(source[n], n) for n in adapted or names})
+        named = _namer(model, configs_of(model)[adapter_name])
+        result.update({named(n): whole(source[n], n) for n in adapted or names})
     return result
 
 
@@ -140,7 +181,8 @@ def set_peft_model_state_dict(
         ValueError: Unknown adapter.
         MismatchError: Shapes differ, or integers stand for weights. The model is as it was.
     """
-    result, assignments = _plan(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
+    with _room(model, peft_model_state_dict, adapter_name):
+        result, assignments = _plan(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
     _carry_out(model, assignments, adapter_name)
     return result
 
@@ -164,8 +206,9 @@ def load(
     Raises:
         ValueError: Shapes differ; or keys do, when strict. No weight has changed then.
     """
-    result, assignments = _plan(model, tensors, adapter_name, ignore_mismatched_sizes)
-    report(result, adapter_name, source)
+    with _room(model, tensors, adapter_name):
+        result, assignments = _plan(model, tensors, adapter_name, ignore_mismatched_sizes)
+        report(result, adapter_name, source)
     _carry_out(model, assignments, adapter_name)
     return result
 
@@ -261,13 +304,33 @@ def _vocab_size_on_disk(path: str) -> int | None:
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _room(model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_name: str) -> Iterator[None]:
+    """Within this context adapters have the form that these tensors are of; an error gives them their own form back."""
+    require_adapters(model, adapter_name, configs_of(model))
+    changed = [
+        undo for _, layer in adapted_modules(model) if (undo := layer.adjust_to(adapter_name, tensors)) is not None
+    ]
+    try:
+        yield
+    except Exception:
+        for undo in changed:
+            undo()
+        raise
+
+
 def _plan(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_name: str, ignore_mismatched_sizes: bool
 ) -> tuple[LoadResult, list[tuple[str, torch.Tensor]]]:
     """What loading would do: which key in the model gets which tensor. Changes nothing."""
     reshard(model)
-    require_adapters(model, adapter_name, configs_of(model))
     places = {file_key: own_key for file_key, own_key, _ in adapter_tensors(model, adapter_name)}
+    made: dict[str, str] = {}  # results of training, in whose place what makes them is read
+    for name, layer in adapted_modules(model):
+        if makers := {key: f"{name}.{own}" for key, own, _ in layer.training_tensors(adapter_name)}:
+            made |= {key: own for key, own in places.items() if own.startswith(f"{name}.")}
+            places |= makers
+    places = {key: own for key, own in places.items() if key not in made}
     base_weights = {n: n for n in embedding_weights(model)}
     inner = getattr(getattr(model, "get_base_model", lambda: model)(), "base_model_prefix", "")
     followers = _followers(model)
@@ -277,7 +340,8 @@ def _plan(
     found = set()
     for key, tensor in tensors.items():
         file_key = placed(key, places, inner) or placed(key, base_weights)
-        if file_key is None and (_is_leftover(key) or key.removeprefix(PREFIX).startswith(followers)):
+        left_out = _is_leftover(key) or placed(key, made) or key.removeprefix(PREFIX).startswith(followers)
+        if file_key is None and left_out:
             continue
         if file_key is None:
             result.unexpected_keys.append(key)
@@ -321,7 +385,7 @@ def placed(key: str, places: Mapping[str, str], inner: str = "") -> str | None:
         inner: What the model without a head is called inside a model with one: a file made with the one fits the other.
     """
     bare, half = key.removeprefix(PREFIX), key.removeprefix("base_model.")
-    candidates = [key, bare, half, PREFIX + key, PREFIX + half]
+    candidates = [key, bare, half, PREFIX + key, PREFIX + half, HALF_PREFIX + key, HALF_PREFIX + bare]
     if inner:
         candidates += [f"{PREFIX}{inner}.{bare}", PREFIX + bare.removeprefix(f"{inner}.")]
     for candidate in candidates:
@@ -372,7 +436,7 @@ def _assign(model: nn.Module, own_key: str, tensor: torch.Tensor) -> None:
         fill(current, tensor)
         return
     owner = _owner(model, own_key)
-    device = owner.device_and_dtype()[0] if isinstance(owner, AdapterLayer) else _real_device(owner)
+    device = owner.device_and_dtype()[0] if hasattr(owner, "device_and_dtype") else _real_device(owner)
     value = tensor.detach().to(device=device, dtype=current.dtype)
     if isinstance(current, nn.Parameter):
         module.register_parameter(leaf, nn.Parameter(value, requires_grad=current.requires_grad))
@@ -411,6 +475,11 @@ def _materialise(model: nn.Module, adapter_name: str) -> None:
                 own_key = layer.own_key(part, adapter_name)
                 if _tensor(layer, own_key).device.type == "meta":
                     _assign(layer, own_key, tensor)
+        elif layer.stands_alone:
+            makers = list(layer.training_tensors(adapter_name))
+            for _, own_key, tensor in makers or list(layer.adapter_tensors(adapter_name)):
+                if tensor.device.type == "meta":
+                    _assign(layer, own_key, torch.randn(tensor.shape))
         else:
             for key, own_key, tensor in list(layer.adapter_tensors(adapter_name)):
                 if tensor.device.type == "meta":

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from .errors import PeftWarning
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+TRAINING_WEIGHTS_NAME = "adapter_training.safetensors"
+"""What training goes on from, for adapters whose own file holds only a result of it. Nothing else reads it."""
 
 _HUB_KEYS = {
     "cache_dir", "force_download", "local_files_only", "token", "revision", "repo_type", "library_name",
@@ -68,12 +70,15 @@ def fetch(model_id: str | os.PathLike, filename: str, subfolder: str | None = No
         return None
 
 
-def write_atomically(folder: str | os.PathLike, files: Mapping[str, bytes | Callable[[str], None]]) -> None:
+def write_atomically(
+    folder: str | os.PathLike, files: Mapping[str, bytes | Callable[[str], None]], without: Iterable[str] = ()
+) -> None:
     """Write files so that a failure leaves the old ones whole: all to temporary names first, then all renamed.
 
     Args:
         folder: Where to; made if missing.
         files: Path of each file inside the folder, and its bytes or a function that writes them to the path that it is given.
+        without: Paths of files that the new ones make wrong; removed if they are there.
 
     Raises:
         ValueError: ``folder`` is a file.
@@ -106,6 +111,9 @@ def write_atomically(folder: str | os.PathLike, files: Mapping[str, bytes | Call
             os.chmod(temporary, 0o666 & ~umask)
         for temporary, final in written:
             os.replace(temporary, final)
+        for name in without:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, name))
     except BaseException as error:
         _remove_folders(written)
         for path in reversed(made):
@@ -229,6 +237,24 @@ def load_peft_weights(
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, k): v for k, v in tensors.items()}
     return tensors
+
+
+def load_training_weights(
+    model_id: str | os.PathLike, device: str, subfolder: str | None = None, **download: Any
+) -> dict[str, torch.Tensor]:
+    """Read what training goes on from, if it was saved beside an adapter.
+
+    Args:
+        model_id: Folder, or Hub id.
+        device: Where to put the tensors.
+        subfolder: Folder inside it.
+        **download: Arguments of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = fetch(model_id, TRAINING_WEIGHTS_NAME, subfolder, **download)
+    return {} if path is None else _read_safetensors(path, device)
 
 
 def _read_foreign(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,9 @@ class BaseTunerLayer(nn.Module):
     """What stands before the slots' names in files."""
     vector_slots: ClassVar[tuple[str, ...]] = ()
     """Attributes that hold modules around one parameter, whose name files leave out."""
+
+    stands_alone: ClassVar[bool] = False
+    """Whether it is a module of its own, in place of none; files then name its tensors without a module."""
 
     _disable_adapters: bool
     _active_adapter: list[str]
@@ -151,6 +154,45 @@ class BaseTunerLayer(nn.Module):
             self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
 
     # -- for the engine --------------------------------------------------------------------------------------------
+
+    def enter(self, model: nn.Module, name: str) -> None:
+        """Take the place of the module of this name."""
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if isinstance(parent, (nn.ModuleList, nn.Sequential)):
+            parent[int(child)] = self
+        else:
+            setattr(parent, child, self)
+
+    def leave(self, model: nn.Module, name: str, plain: nn.Module) -> None:
+        """Give the place back to a plain module."""
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, plain)
+
+    def training_tensors(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Key in the file for resuming, key in the module, and tensor of what an adapter trains where its own file holds a result of it."""
+        yield from ()
+
+    def fold(self, name: str, state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+        """What an adapter's file holds where that is made from trained tensors, taken from a state dict.
+
+        Args:
+            name: The adapter.
+            state_dict: The state dict of the whole model.
+            prefix: This module's name in the model, with a dot behind it.
+        """
+        return {}
+
+    def adjust_to(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None] | None:
+        """Get ready for tensors of an adapter's files, of whichever of its forms they are.
+
+        Returns:
+            What undoes it, if anything was done.
+        """
+        return None
+
+    def let_go(self) -> None:
+        """Give modules that are not under this one back what was changed about them."""
 
     def get_base_layer(self) -> nn.Module:
         """The layer under all adapters."""

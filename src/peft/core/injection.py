@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import NoMatchingPeftModuleError, PeftError, did_you_mean, doubt, shorten
-from .extra_modules import ModulesToSaveWrapper, find_modules_to_save, fit_head, is_fresh
+from .extra_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, find_modules_to_save, fit_head, is_fresh
 from .holder import BaseTunerLayer, adapted_modules, shared_of
 from .layer import HALF, AdapterLayer, Parts
 from .mixed import Shared
@@ -33,18 +32,24 @@ from .token_rows import TokenRowsLayer, find_token_rows
 if TYPE_CHECKING:
     from .tuner import BaseTuner
 
-logger = logging.getLogger("peft")
-
 
 @dataclass
-class _Placement:
-    """One adapter on one layer, ready to be put in place."""
+class Placed:
+    """One adapter on one layer, ready to be put in place.
+
+    Args:
+        name: Full name of the place.
+        layer: What holds adapters there.
+        is_new: Whether it is not a part of the model yet.
+        parts: What it installs.
+        source: Name of the module whose input the adapter reads, where that is not the place's own.
+    """
 
     name: str
-    layer: AdapterLayer
+    layer: BaseTunerLayer
     is_new: bool
-    parts: Parts
-    source: str | None
+    parts: Any
+    source: str | None = None
 
 
 def inject(
@@ -84,33 +89,21 @@ def inject(
     shared = shared_of(model) or Shared()
 
     with replicated(model, config, known):
-        names = getattr(config, "modules_to_save", None)
+        names = getattr(config, "modules_to_save", None) or tuner_cls.default_heads(config)
         heads = find_modules_to_save(model, list(names)) if names else {}
-        if state_dict is None:
-            targets = tuner_cls.find_defaults(config, model)
-            places = find_targets(model, config, targets)
-        else:
-            places, targets = _places_of_state_dict(model, tuner_cls, state_dict), config.target_modules
-        places = _outside_heads(places, heads)
-        filtered = config.target_modules is None and getattr(config, "layers_to_transform", None) is not None
-        if isinstance(targets, str) and (targets.lower() == ALL_LINEAR or filtered):
-            # Names say it all; a configuration cannot have both an expression and a choice of layers.
-            targets = shortest_names(places, base_modules(model))
-        placements = _build(model, config, tuner_cls, places, on_meta, autocast_adapter_dtype)
-        _check_patterns(config, places)
+        placements, values = tuner_cls.plan(model, config, heads, on_meta, state_dict, autocast_adapter_dtype)
         _check_sharded(config, placements)
         _check_bias(config, known)
         fit_head(model, config, heads)
         copies = {name: _copy(module, on_meta) for name, module in heads.items()}
 
     # From here on nothing fails.
-    config.target_modules = targets
+    for field, value in values.items():
+        setattr(config, field, value)
     active = next((m.active_adapters for _, m in adapted_modules(model)), [adapter_name])
     for place in placements:
-        if place.is_new and place.layer.is_attached:
-            place.layer.attachment.attach()
-        elif place.is_new:
-            _replace(model, place.name, place.layer)
+        if place.is_new:
+            place.layer.enter(model, place.name)
         _join(place.layer, shared, active)
         place.layer.install(adapter_name, place.parts, placements[0].layer)
         if place.source is not None:
@@ -119,7 +112,7 @@ def inject(
         wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
         if wrapper is not module:
             wrapper.training = module.training
-            _replace(model, name, wrapper)
+            wrapper.enter(model, name)
         _join(wrapper, shared, active)
         wrapper.install(adapter_name, copies[name])
     if first:
@@ -168,13 +161,42 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     if not autocast_adapter_dtype:
         return
     for _, layer in adapted_modules(model):
-        if isinstance(layer, AdapterLayer):
+        if not isinstance(layer, AuxiliaryTrainingWrapper):
             for parameter in layer.adapter_parameters(adapter_name):
                 if parameter.dtype in HALF:
                     parameter.data = parameter.data.float()
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def plan_layers(
+    model: nn.Module,
+    config: Any,
+    tuner_cls: type[BaseTuner],
+    heads: dict[str, nn.Module],
+    on_meta: bool,
+    state_dict: Mapping[str, Any] | None,
+    autocast_adapter_dtype: bool,
+) -> tuple[list[Placed], dict[str, Any]]:
+    """Find the layers that a configuration means and build an adapter for each, without changing the model.
+
+    Returns:
+        What to put where, and values of configuration fields that were filled in.
+    """
+    if state_dict is None:
+        targets = tuner_cls.find_defaults(config, model)
+        places = find_targets(model, config, targets)
+    else:
+        places, targets = _places_of_state_dict(model, tuner_cls, state_dict), config.target_modules
+    places = _outside_heads(places, heads)
+    filtered = config.target_modules is None and getattr(config, "layers_to_transform", None) is not None
+    if isinstance(targets, str) and (targets.lower() == ALL_LINEAR or filtered):
+        # Names say it all; a configuration cannot have both an expression and a choice of layers.
+        targets = shortest_names(places, base_modules(model))
+    placements = _build(model, config, tuner_cls, places, on_meta, autocast_adapter_dtype)
+    _check_patterns(config, places)
+    return placements, {"target_modules": targets}
 
 
 def _build(
@@ -184,7 +206,7 @@ def _build(
     places: dict[str, nn.Module],
     on_meta: bool,
     autocast_adapter_dtype: bool,
-) -> list[_Placement]:
+) -> list[Placed]:
     placements = []
     modules = base_modules(model)
     attaches = tuner_cls.layer_cls.attached_as is not None
@@ -210,19 +232,19 @@ def _build(
                 parts = parts.to(layer.device_and_dtype()[1])
         except (ValueError, NotImplementedError, PeftError) as error:
             raise type(error)(f"Cannot adapt {name!r}: {error}") from error
-        placements.append(_Placement(name, layer, is_new, parts, source))
+        placements.append(Placed(name, layer, is_new, parts, source))
     return placements + _tied(model, placements, outermost)
 
 
-def _tied(model: nn.Module, placements: list[_Placement], outermost: dict[str, nn.Module]) -> list[_Placement]:
+def _tied(model: nn.Module, placements: list[Placed], outermost: dict[str, nn.Module]) -> list[Placed]:
     """Layers that follow the new ones, on the modules that share their weight."""
     followers = []
     for place in placements:
-        if place.is_new and place.layer.ties:
+        if place.is_new and isinstance(place.layer, AdapterLayer) and place.layer.ties:
             for name, module in sharing(model, place.layer.get_base_layer()).items():
                 layer = outermost[name] = TiedLayer(outermost.get(name, module), place.layer)
                 layer.training = module.training
-                followers.append(_Placement(name, layer, True, Parts(), None))
+                followers.append(Placed(name, layer, True, Parts(), None))
     return followers
 
 
@@ -242,19 +264,6 @@ def _join(layer: BaseTunerLayer, shared: Shared, active: list[str]) -> None:
     if layer._shared is not shared:
         layer._shared = shared
         layer._active_adapter = list(active)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old = getattr(parent, child)
-    if isinstance(parent, (nn.ModuleList, nn.Sequential)):
-        parent[int(child)] = module
-    else:
-        setattr(parent, child, module)
-    hook = getattr(old, "_hf_hook", None)
-    if hook is not None and isinstance(module, AdapterLayer):  # accelerate's device hooks stay with the base layer
-        logger.debug("%s keeps its accelerate hook on the base layer.", name)
 
 
 def _outside_heads(places: dict[str, nn.Module], heads: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -316,7 +325,7 @@ def _check_patterns(config: Any, places: Mapping[str, Any]) -> None:
         )
 
 
-def _check_sharded(config: Any, placements: list[_Placement]) -> None:
+def _check_sharded(config: Any, placements: list[Placed]) -> None:
     sharded = [
         place.name
         for place in placements

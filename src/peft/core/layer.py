@@ -365,6 +365,12 @@ class AdapterLayer(BaseTunerLayer):
             self.start(tensors, config, settings)
         return Parts(settings, {s: t.to(device=base_device, dtype=dtype) for s, t in tensors.items()})
 
+    def enter(self, model: nn.Module, name: str) -> None:
+        if self.is_attached:
+            self.attachment.attach()
+        else:
+            super().enter(model, name)
+
     def install(self, name: str, parts: Parts, first: AdapterLayer | None = None) -> None:
         """Add an adapter made by :meth:`build`; it is frozen until it is activated.
 

@@ -238,6 +238,7 @@ def merge_model(
         ValueError: A layer or method cannot be merged, a weight is tied to another module, or ``safe_merge`` found NaN.
     """
     reshard(model)
+    check_nothing_alone(model, adapter_names)
     layers = mergeable_layers(model, adapter_names)
     check_mergeable(model, layers)
     if safe_merge:  # a first pass that writes nothing, so that a broken layer leaves all others untouched
@@ -272,6 +273,28 @@ def mergeable_layers(
             found.append((name, module, names))
     # Of layers that wrap one another the outer is listed first; the inner one comes first in the forward pass.
     return sorted(found, key=lambda entry: -entry[0].count("base_layer"))
+
+
+def check_nothing_alone(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
+    """Refuse to merge adapters that change no weight, so that nothing of them is lost in silence.
+
+    Raises:
+        ValueError: With what to merge instead.
+    """
+    from .holder import adapted_modules
+
+    for _, module in adapted_modules(model):
+        names = module.active_adapters if adapter_names is None else adapter_names
+        if module.stands_alone and (alone := [n for n in names if module.has_adapter(n)]):
+            others = [n for n in names if n not in alone]
+            hint = (
+                f" Name the others: adapter_names={others}."
+                if others
+                else " Keep the adapter, or call unload() to remove it."
+            )
+            raise ValueError(
+                f"Cannot merge {shorten(alone)}: virtual tokens and prefixes are no change of a weight.{hint}"
+            )
 
 
 def check_mergeable(model: nn.Module, layers: Sequence[tuple[str, AdapterLayer, list[str]]]) -> None:

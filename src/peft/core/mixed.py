@@ -37,6 +37,8 @@ class MixedPlan:
         for row, name in enumerate(self.names):
             self._rows.setdefault(name, []).append(row)
         self._index: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = {}
+        self.notes: dict[Any, torch.Tensor] = {}
+        """What layers work out once for a plan."""
 
     def rows(self, x: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
         """Row numbers of each adapter in a layer's input.

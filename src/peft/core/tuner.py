@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -17,10 +18,11 @@ from .combining import Combination, combine
 from .errors import PeftWarning, shorten
 from .extra_modules import ModulesToSaveWrapper
 from .holder import BaseTunerLayer, adapted_modules, require_adapters
-from .injection import inject
+from .injection import Placed, inject, plan_layers
 from .layer import AdapterLayer
 from .replication import restore
 from .targets import resolve_defaults
+from .token_rows import TokenRowsLayer
 
 
 class BaseTuner(nn.Module):
@@ -44,6 +46,8 @@ class BaseTuner(nn.Module):
     """Which column of the table of default targets the method uses."""
     prefix: ClassVar[str] = ""
     """How the method's attributes on adapted layers begin."""
+    is_outer: ClassVar[bool] = True
+    """Whether the tuner stands around the base model in a :class:`~peft.PeftModel`, rather than beside it."""
 
     def __init__(
         self,
@@ -82,6 +86,41 @@ class BaseTuner(nn.Module):
             ValueError: No targets are configured, and there are no defaults for the model.
         """
         return resolve_defaults(config, model, functools.partial(default_targets, role=cls.default_role))
+
+    @classmethod
+    def plan(
+        cls,
+        model: nn.Module,
+        config: Any,
+        heads: dict[str, nn.Module],
+        on_meta: bool,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        autocast_adapter_dtype: bool,
+    ) -> tuple[list[Placed], dict[str, Any]]:
+        """What to put where in a model, and values of configuration fields that were filled in; the model is not changed."""
+        return plan_layers(model, config, cls, heads, on_meta, state_dict, autocast_adapter_dtype)
+
+    @classmethod
+    def default_heads(cls, config: Any) -> tuple[str, ...]:
+        """Modules that are trained in full where the configuration names none."""
+        return ()
+
+    @classmethod
+    def file_renamings(cls, adapter_name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Patterns and replacements that lead from keys of a file to those of a base model with the adapter in it.
+
+        Returns:
+            Those for what stands around the base model, and those for the adapter's own tensors.
+        """
+        layer = cls.layer_cls
+        own: list[tuple[str, str]] = []
+        both: tuple[type[AdapterLayer], ...] = (layer, TokenRowsLayer)
+        for leaf in ("weight", "bias"):
+            own += [(rf"\.{re.escape(s)}\.{leaf}$", f".{s}.{adapter_name}.{leaf}") for s in layer.linear_slots]
+        own += [(rf"\.{re.escape(s)}$", f".{s}.{adapter_name}.weight") for s in layer.vector_slots]
+        for each in dict.fromkeys(both):
+            own += [(rf"\.{re.escape(each.file_prefix + s)}$", f".{s}.{adapter_name}") for s in each.parameter_slots]
+        return [(r"^base_model\.model\.", "")], own
 
     @classmethod
     def make_layer(cls, base_layer: nn.Module, config: Any) -> AdapterLayer:
@@ -203,6 +242,7 @@ class BaseTuner(nn.Module):
         """
         if adapter_names is not None:
             adapter_names = require_adapters(self.model, adapter_names, self.peft_config)
+        merging.check_nothing_alone(self.model, adapter_names)
         if not merging.mergeable_layers(self.model, adapter_names):
             warnings.warn("All adapters asked for are already merged; nothing to do.", PeftWarning, stacklevel=2)
             return
@@ -263,8 +303,7 @@ class BaseTuner(nn.Module):
                 raise ValueError(
                     "The model itself is one adapted layer; there is no place to put the plain layer back."
                 )
-            parent_name, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent_name), child, base)
+            layer.leave(self.model, name, base)
         if not names:  # what is merged stays as deep as it was trained
             restore(self.model)
         with contextlib.suppress(AttributeError):

@@ -31,11 +31,15 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
     had, known = "peft_config" in model.__dict__, configs_of(model)
     before = dict(known)
     was_replicated = is_replicated(model)
+    layers = {id(layer) for _, layer in adapted_modules(model)}
     try:
         yield
     except BaseException:
         if not was_replicated:
             restore(model)
+        for _, layer in adapted_modules(model):
+            if id(layer) not in layers:
+                layer.let_go()
         for module, named in children:
             module._modules.clear()
             module._modules.update(named)
