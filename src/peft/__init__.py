@@ -27,6 +27,9 @@ _PLACES = {
     "core.preparation": ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"),
     "tuners.bottleneck": ("BottleneckConfig", "BottleneckModel"),
     "tuners.lora": ("LoraConfig", "LoraModel", "LoraRuntimeConfig"),
+    "tuners.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "tuners.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
+    "tuners.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "tuners.trainable_tokens": ("TrainableTokensConfig", "TrainableTokensModel"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
@@ -104,5 +107,13 @@ if TYPE_CHECKING:
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
     from .tuners.lora import LoraRuntimeConfig as LoraRuntimeConfig
+    from .tuners.p_tuning import PromptEncoder as PromptEncoder
+    from .tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from .tuners.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from .tuners.prefix_tuning import PrefixEncoder as PrefixEncoder
+    from .tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from .tuners.prompt_tuning import PromptEmbedding as PromptEmbedding
+    from .tuners.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from .tuners.prompt_tuning import PromptTuningInit as PromptTuningInit
     from .tuners.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from .tuners.trainable_tokens import TrainableTokensModel as TrainableTokensModel

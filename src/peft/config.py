@@ -128,7 +128,7 @@ class PeftConfig(PushToHubMixin):
     # Written only when set: the peer warns about keys that it does not know.
     _optional_keys = ("num_labels", "id2label", "problem_type")
     # Never written.
-    _transient_keys = ("runtime_config",)
+    _transient_keys: ClassVar[tuple[str, ...]] = ("runtime_config",)
     # Fields in which adapters must agree to take each other's place while in use; None: they cannot.
     swap_keys: ClassVar[tuple[str, ...] | None] = None
 

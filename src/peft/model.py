@@ -21,8 +21,10 @@ from .core.extra_modules import record_head
 from .core.files import (
     CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
+    TRAINING_WEIGHTS_NAME,
     hub_kwargs,
     load_peft_weights,
+    load_training_weights,
     safetensors_writer,
     upload,
     warn_pickle,
@@ -34,7 +36,9 @@ from .core.layer import AdapterLayer
 from .core.mixed import MixedPlan, batch_size_of, check_names, planned
 from .core.model_card import model_card
 from .core.preparation import enable_input_gradients, is_checkpointing
-from .core.tuner import BaseTuner
+from .core.prompts import NAME as PROMPTS
+from .core.prompts import Prompts
+from .core.soft_prompts import whole_outputs
 from .core.undo import undone_on_failure
 from .registry import get_method
 
@@ -50,7 +54,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         low_cpu_mem_usage: Make the adapter's parameters on the meta device, to be assigned from a file.
 
     Attributes:
-        base_model: The method's model; ``base_model.model`` is the base model itself.
+        base_model: The method's model, whose ``model`` is the base model; or the base model itself for methods with virtual tokens.
+        tuner: The method's model in both cases.
         peft_config: Configuration of each adapter by name.
         active_adapter: Name of the active adapter.
 
@@ -69,13 +74,15 @@ class PeftModel(PushToHubMixin, nn.Module):
         super().__init__()
         self._add_head(peft_config)
         tuner_cls = get_method(peft_config.peft_type).tuner_cls
-        self.base_model: BaseTuner = tuner_cls(
+        tuner = tuner_cls(
             model,
             {adapter_name: peft_config},
             adapter_name,
             low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
+        self.__dict__["tuner"] = tuner  # no child: either it is `base_model`, or it stands beside it
+        self.base_model: nn.Module = tuner if tuner.is_outer else model
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names", "allow_mixed_training"}
         self._name_base(peft_config)
@@ -90,6 +97,8 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     head_names: tuple[str, ...] = ()
     """Heads that the task trains in full besides the adapter."""
+    position_labels: tuple[str, ...] | None = None
+    """Labels that the task has one of for each position, virtual tokens included; ``None``: outputs leave their positions out."""
 
     def _add_head(self, config: PeftConfig) -> None:
         if self.head_names and hasattr(config, "modules_to_save"):
@@ -108,14 +117,33 @@ class PeftModel(PushToHubMixin, nn.Module):
     # -- adapters --------------------------------------------------------------------------------------------------
 
     @property
+    def prompts(self) -> Prompts | None:
+        """What holds virtual tokens and prefixes in the base model, if there are any."""
+        return self.get_base_model()._modules.get(PROMPTS)  # type: ignore[return-value]
+
+    @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """What makes the virtual tokens or prefix of each adapter that has any."""
+        if self.prompts is None:
+            raise AttributeError(
+                f"{type(self).__name__} has no adapter with virtual tokens, and so no `prompt_encoder`."
+            )
+        return self.prompts.prompt_encoder
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """An adapter's table as its file holds it."""
+        require_adapters(self, adapter_name, self.prompt_encoder)
+        return self.prompt_encoder[adapter_name]().detach().cpu()
+
+    @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """Configuration of each adapter by name."""
-        return self.base_model.peft_config
+        return self.tuner.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters."""
-        return self.base_model.active_adapters
+        return self.tuner.active_adapters
 
     @property
     def active_adapter(self) -> Any:
@@ -165,8 +193,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         check_adapter_name(adapter_name, self.peft_config)
         self._add_head(peft_config)
         tuner_cls = get_method(peft_config.peft_type).tuner_cls
-        if not issubclass(tuner_cls, type(self.base_model)) and not issubclass(type(self.base_model), BaseTuner):
-            raise ValueError(f"Cannot add a {peft_config.peft_type} adapter to a {type(self.base_model).__name__}.")
         base = self.get_base_model()
         with strictness(strict):
             inject(
@@ -174,7 +200,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
         # All adapters may have been deleted in between, and the dictionary with them.
-        self.base_model.peft_config = base.peft_config  # type: ignore[assignment]
+        self.tuner.peft_config = base.peft_config  # type: ignore[assignment]
         self._name_base(peft_config)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -187,7 +213,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: Unknown name.
         """
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self.tuner.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable or frozen, active or not.
@@ -195,7 +221,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: Unknown name.
         """
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self.tuner.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter.
@@ -203,7 +229,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: Unknown name.
         """
-        self.base_model.delete_adapter(adapter_name)
+        self.tuner.delete_adapter(adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -215,7 +241,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The base model."""
-        return self.base_model.model
+        return self.tuner.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model.
@@ -229,17 +255,21 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: ``adapter_names`` of the wrong length or with an unknown name, or while adapters are merged.
         """
         if "adapter_names" not in kwargs and "allow_mixed_training" not in kwargs:
-            return self.base_model(*args, **kwargs)
+            if self.prompts is None or self.position_labels is None:
+                return self.base_model(*args, **kwargs)
+            with whole_outputs(self.prompts, kwargs, self.position_labels) as changed:
+                return self.base_model(*args, **changed)
         with self._mixed(args, kwargs, expands=False) as rest:
             return self.base_model(*args, **rest)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's ``generate``; ``adapter_names`` as in :meth:`forward`."""
         generate = self.get_base_model().generate  # type: ignore[operator]
-        if "adapter_names" not in kwargs:
-            return generate(*args, **kwargs)
-        with self._mixed(args, kwargs, expands=True) as rest:
-            return generate(*args, **rest)
+        with self.prompts.held() if self.prompts is not None else contextlib.nullcontext():
+            if "adapter_names" not in kwargs:
+                return generate(*args, **kwargs)
+            with self._mixed(args, kwargs, expands=True) as rest:
+                return generate(*args, **rest)
 
     @contextlib.contextmanager
     def _mixed(self, args: Sequence[Any], kwargs: dict[str, Any], *, expands: bool) -> Iterator[dict[str, Any]]:
@@ -265,9 +295,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model" or "base_model" not in self._modules:
+            if name == "tuner" or "tuner" not in self.__dict__:
                 raise
-            return getattr(self.base_model, name)
+            return getattr(self.tuner, name)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients flow into the first checkpointed block although everything below it is frozen."""
@@ -324,10 +354,12 @@ class PeftModel(PushToHubMixin, nn.Module):
                 self, state_dict, name, save_embedding_layers=save_embedding_layers
             )
             config = copy.copy(self.peft_config[name])
-            contents[name] = self.base_model.for_file(name, tensors, config, path_initial_model_for_weight_conversion)
+            contents[name] = self.tuner.for_file(name, tensors, config, path_initial_model_for_weight_conversion)
+        resume = {name: checkpoints.training_tensors(self, name, state_dict) for name in names}
         if not is_main_process:
             return
         files: dict[str, Any] = {}
+        stale: list[str] = []
         for name, (tensors, config) in contents.items():
             config.inference_mode = True
             base = self.get_base_model()
@@ -340,7 +372,12 @@ class PeftModel(PushToHubMixin, nn.Module):
             folder = "" if name == "default" else name
             files[os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)] = safetensors_writer(tensors)
             files[os.path.join(folder, CONFIG_NAME)] = config.to_file()
-        write_atomically(save_directory, {**files, "README.md": self._model_card(save_directory)})
+            training = os.path.join(folder, TRAINING_WEIGHTS_NAME)
+            if resume[name]:
+                files[training] = safetensors_writer(resume[name])
+            else:
+                stale.append(training)
+        write_atomically(save_directory, {**files, "README.md": self._model_card(save_directory)}, without=stale)
 
     def _heads_of(self, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
         for name, module in adapted_modules(self):
@@ -437,13 +474,16 @@ class PeftModel(PushToHubMixin, nn.Module):
             config = copy.copy(config)
         config.inference_mode = not is_trainable
         weights = _read_weights(model_id, key_mapping, kwargs)
+        resume = _read_training_weights(model_id, config, kwargs)
         from .mapping import model_class
 
         with strictness(strict), undone_on_failure(model):
             holder = model_class(config, cls)(
-                model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True
+                model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=not resume
             )
-            holder._take(weights, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False))
+            holder._take(
+                {**weights, **resume}, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False)
+            )
         if not is_trainable:
             holder.eval()
         return holder
@@ -491,12 +531,15 @@ class PeftModel(PushToHubMixin, nn.Module):
             config = PeftConfig.from_pretrained(model_id, **_config_kwargs(kwargs))
             config.inference_mode = not is_trainable
         weights = _read_weights(model_id, key_mapping, kwargs)
+        resume = _read_training_weights(model_id, config or self.peft_config[adapter_name], kwargs)
         with strictness(strict), undone_on_failure(self.get_base_model()):
             if config is not None:
                 self.add_adapter(
-                    adapter_name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast_adapter_dtype
+                    adapter_name, config, low_cpu_mem_usage=not resume, autocast_adapter_dtype=autocast_adapter_dtype
                 )
-            result = self._take(weights, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False))
+            result = self._take(
+                {**weights, **resume}, adapter_name, str(model_id), kwargs.get("ignore_mismatched_sizes", False)
+            )
         if is_trainable:
             self.set_requires_grad(adapter_name)
         return result
@@ -577,6 +620,17 @@ def _read_weights(
     return load_peft_weights(
         model_id, device=device, key_mapping=key_mapping, subfolder=kwargs.get("subfolder"), **download
     )
+
+
+def _read_training_weights(
+    model_id: str | os.PathLike, config: PeftConfig, kwargs: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    if (
+        config.inference_mode or not config.is_prompt_learning
+    ):  # no other family has such a file; spare the Hub a question
+        return {}
+    device = kwargs.get("torch_device") or "cpu"
+    return load_training_weights(model_id, device, kwargs.get("subfolder"), **hub_kwargs(kwargs)[0])
 
 
 __all__ = ["PeftMixedModel", "PeftModel"]

@@ -44,6 +44,9 @@ _METHODS: dict[str, Method] = {
         Method("LORA", "peft.tuners.lora", "LoraConfig", "LoraModel"),
         Method("BOTTLENECK", "peft.tuners.bottleneck", "BottleneckConfig", "BottleneckModel"),
         Method("TRAINABLE_TOKENS", "peft.tuners.trainable_tokens", "TrainableTokensConfig", "TrainableTokensModel"),
+        Method("PREFIX_TUNING", "peft.tuners.prefix_tuning", "PrefixTuningConfig", "PrefixTuningModel"),
+        Method("PROMPT_TUNING", "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptTuningModel"),
+        Method("P_TUNING", "peft.tuners.p_tuning", "PromptEncoderConfig", "PromptEncoderModel"),
     )
 }  # fmt: skip
 

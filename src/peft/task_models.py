@@ -63,6 +63,7 @@ class PeftModelForTokenClassification(_TaskModel):
     """A token classifier; its head is trained and saved with the adapter."""
 
     head_names = ("classifier", "score")
+    position_labels = ("labels",)
     forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", "labels", *_OUTPUTS)
 
     def __init__(
@@ -77,6 +78,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
     """An extractive question answerer; its head is trained and saved with the adapter."""
 
     head_names = ("qa_outputs",)
+    position_labels = ()
     forward = _task_forward(
         "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "start_positions", "end_positions",
         *_OUTPUTS,
@@ -86,6 +88,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
 class PeftModelForFeatureExtraction(_TaskModel):
     """An encoder whose hidden states are used."""
 
+    position_labels = ()
     forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", *_OUTPUTS)
 
 
@@ -104,6 +107,7 @@ class _Generating(_TaskModel):
 class PeftModelForCausalLM(_Generating):
     """A causal language model."""
 
+    position_labels = ("labels",)
     forward = _task_forward("input_ids", "attention_mask", "inputs_embeds", "labels", *_OUTPUTS)
 
 

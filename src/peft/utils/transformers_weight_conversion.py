@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..core.token_rows import TokenRowsLayer
 from ..registry import get_method
 
 
@@ -25,20 +23,11 @@ def build_peft_weight_mapping(
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    mapping: list[Any] = [WeightRenaming(r"^base_model\.model\.", "")]
-    mapping += [c for c in weight_conversions or () if not isinstance(c, WeightConverter)]
+    keep = [c for c in weight_conversions or () if not isinstance(c, WeightConverter)]
     if peft_config is None:
-        return mapping
-    layer_cls = get_method(peft_config.peft_type).tuner_cls.layer_cls
-    for slot in layer_cls.linear_slots:
-        for leaf in ("weight", "bias"):
-            mapping.append(WeightRenaming(rf"\.{re.escape(slot)}\.{leaf}$", f".{slot}.{adapter_name}.{leaf}"))
-    for slot in layer_cls.vector_slots:
-        mapping.append(WeightRenaming(rf"\.{re.escape(slot)}$", f".{slot}.{adapter_name}.weight"))
-    for cls in dict.fromkeys((layer_cls, TokenRowsLayer)):
-        for slot in cls.parameter_slots:
-            mapping.append(WeightRenaming(rf"\.{re.escape(cls.file_prefix + slot)}$", f".{slot}.{adapter_name}"))
-    return mapping
+        return [WeightRenaming(r"^base_model\.model\.", ""), *keep]
+    outer, own = get_method(peft_config.peft_type).tuner_cls.file_renamings(adapter_name)
+    return [*(WeightRenaming(*r) for r in outer), *keep, *(WeightRenaming(*r) for r in own)]
 
 
 __all__ = ["build_peft_weight_mapping"]

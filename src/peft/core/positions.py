@@ -1,0 +1,87 @@
+"""Positions behind a prefix: what counts positions in a model, and shifting it by the number of virtual tokens."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .prompts import Prompts
+
+_TABLES = ("position_embeddings", "position_embedding", "wpe", "embed_positions")
+
+
+def position_modules(stack: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a stack that turn position numbers into numbers: tables of embeddings, and rotary embeddings."""
+    found = {}
+    for name, module in stack.named_modules():
+        takes_numbers = "position_ids" in inspect.signature(type(module).forward).parameters
+        is_table = name.rsplit(".", 1)[-1] in _TABLES
+        is_rotary = "RotaryEmbedding" in type(module).__name__
+        if (is_table and type(module) is nn.Embedding) or ((is_table or is_rotary) and takes_numbers):
+            found[name] = module
+    return found
+
+
+def has_relative_bias(stack: nn.Module) -> bool:
+    """Whether positions enter through biases between queries and keys, as in T5."""
+    return any(hasattr(m, "relative_attention_bias") for m in stack.modules())
+
+
+def longest_input(modules: dict[str, nn.Module]) -> int | None:
+    """Number of positions in the smallest table of position embeddings, or ``None`` where there is no table."""
+    sizes = [
+        m.num_embeddings - getattr(m, "offset", 0) - (0 if m.padding_idx is None else m.padding_idx + 1)
+        for m in modules.values()
+        if isinstance(m, nn.Embedding)
+    ]
+    return min(sizes, default=None)
+
+
+class Shift:
+    """A forward pre-hook that adds the number of virtual tokens to the positions that a module gets.
+
+    Args:
+        holder: What holds the prefixes.
+        module: The module that it hangs on.
+    """
+
+    def __init__(self, holder: Prompts, module: nn.Module) -> None:
+        self.holder = holder
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        plain = type(module) is nn.Embedding
+        self.place = 0 if plain else names.index("position_ids")
+        self.name = names[self.place]
+        self.rows = None if plain or self.place == 0 else 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.holder.shifts():
+            return None
+        by_place = len(args) > self.place
+        positions = args[self.place] if by_place else kwargs.get(self.name)
+        if positions is None:
+            raise ValueError(
+                f"A {type(module).__name__} was called without position numbers, so that a prefix cannot shift them."
+            )
+        rows = positions.shape[0] if positions.dim() > 1 else 1
+        if self.rows is not None and len(args) > self.rows and isinstance(args[self.rows], torch.Tensor):
+            rows = max(rows, args[self.rows].shape[0])
+        shift = self.holder.shift(rows, positions.device)
+        if isinstance(module, nn.Embedding):
+            self._check(module, positions, self.holder.longest_shift())
+        shifted = positions + shift
+        if by_place:
+            return (*args[: self.place], shifted, *args[self.place + 1 :]), kwargs
+        return args, {**kwargs, self.name: shifted}
+
+    @staticmethod
+    def _check(module: nn.Embedding, positions: torch.Tensor, shift: int) -> None:
+        if positions.shape[-1] + shift > module.num_embeddings:
+            raise ValueError(
+                f"The input has {positions.shape[-1]} tokens and the adapter {shift} virtual ones, but the model has only "
+                f"{module.num_embeddings} positions. Truncate the input to {module.num_embeddings - shift} tokens, or train with "
+                "fewer virtual tokens."
+            )

@@ -1,0 +1,258 @@
+"""The prompt family: what a method with virtual tokens says, and how its adapters enter a base model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from . import prefixes
+from .injection import Placed
+from .layer import HALF
+from .positions import has_relative_bias, longest_input, position_modules
+from .prompts import FILE_KEY, NAME, Placement, Prompts, PromptTable
+from .tuner import BaseTuner
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What virtual tokens have to fit in a base model.
+
+    Args:
+        layers: Number of layers that take prefixes; 0 where there are none.
+        heads: Number of key heads in each.
+        head_size: Their size.
+        embedding_size: Size of an input embedding.
+        queries: Number of query heads; ``None`` where the model does not say.
+        positions: Number of positions that the model knows; ``None``: no limit.
+        stacks: 2 for encoder-decoders, 1 for others.
+    """
+
+    layers: int
+    heads: int
+    head_size: int
+    embedding_size: int
+    queries: int | None
+    positions: int | None
+    stacks: int
+
+    @property
+    def key_size(self) -> int:
+        """Numbers in one token's keys of one layer."""
+        return self.heads * self.head_size
+
+
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that a task trains besides the adapter."""
+
+
+class PromptTuner(BaseTuner):
+    """Adapters with virtual tokens on a base model. The base model stays the model that is called; this holds the verbs.
+
+    A method says where its tokens stand (``placement``), the values that it fills into a configuration (:meth:`fill`), the module
+    that makes its table while it trains (:meth:`make_table`) and how that starts (:meth:`start`).
+    """
+
+    placement: ClassVar[Placement]
+    is_outer = False
+
+    # -- what a method says ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
+        """Values of configuration fields that follow from the base model.
+
+        Raises:
+            ValueError: The configuration does not suit the model.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def table_shape(cls, config: Any, geometry: Geometry) -> tuple[int, int]:
+        """Rows and columns of the table."""
+        raise NotImplementedError
+
+    @classmethod
+    def make_table(cls, config: Any, geometry: Geometry, model: Any) -> PromptTable:
+        """The module that makes the table while it trains."""
+        return PromptTable(*cls.table_shape(config, geometry))
+
+    @classmethod
+    def start(cls, table: PromptTable, config: Any, holder: Prompts, model: nn.Module) -> None:
+        """Give a new table its first values, in place."""
+
+    # -- the engine ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def plan(
+        cls,
+        model: nn.Module,
+        config: Any,
+        heads: dict[str, nn.Module],
+        on_meta: bool,
+        state_dict: Mapping[str, Any] | None,
+        autocast_adapter_dtype: bool,
+    ) -> tuple[list[Placed], dict[str, Any]]:
+        holder = getattr(model, NAME, None)
+        is_new = holder is None
+        geometry, candidate = survey(model, cls.placement)
+        if holder is None:
+            holder = candidate
+            holder.training = model.training
+        values = cls.fill(config, geometry)
+        check_length(config, geometry)
+        filled = copy.copy(config)
+        for name, value in values.items():
+            setattr(filled, name, value)
+        table = build_table(cls, filled, geometry, holder, model, on_meta=on_meta, in_float32=autocast_adapter_dtype)
+        return [Placed(NAME, holder, is_new, (cls.placement, table))], values
+
+    @classmethod
+    def default_heads(cls, config: Any) -> tuple[str, ...]:
+        return _HEADS.get(getattr(config.task_type, "value", config.task_type), ())
+
+    @classmethod
+    def file_renamings(cls, adapter_name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        # These files say `base_model` where those of weight methods say `base_model.model`; transformers writes the latter for all.
+        heads = "|".join(dict.fromkeys(h for names in _HEADS.values() for h in names))
+        outer = [(rf"^base_model\.model\.(?=({FILE_KEY}|{heads})\b)", ""), (r"^base_model\.", "")]
+        return outer, [(rf"^{FILE_KEY}$", f"{NAME}.prompt_encoder.{adapter_name}.embedding.weight")]
+
+
+class TokenTuner(PromptTuner):
+    """Methods whose virtual tokens stand in front of the input's embeddings."""
+
+    placement = "tokens"
+
+    @classmethod
+    def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
+        check_size(config, "token_dim", geometry.embedding_size, "the size of an input embedding")
+        return {
+            "token_dim": geometry.embedding_size,
+            "num_layers": config.num_layers or geometry.layers,
+            "num_attention_heads": config.num_attention_heads or geometry.queries,
+            "num_transformer_submodules": config.num_transformer_submodules or geometry.stacks,
+        }
+
+    @classmethod
+    def table_shape(cls, config: Any, geometry: Geometry) -> tuple[int, int]:
+        return config.num_virtual_tokens * config.num_transformer_submodules, geometry.embedding_size
+
+
+def check_length(config: Any, geometry: Geometry) -> None:
+    """Refuse numbers of virtual tokens that make no sense for the model.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    count = config.num_virtual_tokens
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(
+            f"`num_virtual_tokens` should be a whole number from 1 on, got {count!r}. 20 is a common choice."
+        )
+    if geometry.positions is not None and count >= geometry.positions:
+        raise ValueError(
+            f"`num_virtual_tokens` is {count}, but the model has only {geometry.positions} positions, and virtual tokens take them "
+            f"up: nothing would be left for the input. Use fewer than {geometry.positions}."
+        )
+
+
+def check_size(config: Any, name: str, found: int, what: str) -> None:
+    """Refuse a configuration that was made for a model of another size.
+
+    Raises:
+        ValueError: With both sizes.
+    """
+    asked = getattr(config, name)
+    if asked is not None and asked != found:
+        raise ValueError(
+            f"The configuration has {name}={asked}, but {what} of this model is {found}. The adapter was made for another model; to "
+            f"make a new one, leave `{name}` out."
+        )
+
+
+def build_table(
+    tuner: type[PromptTuner],
+    config: Any,
+    geometry: Geometry,
+    holder: Prompts,
+    model: nn.Module,
+    *,
+    on_meta: bool,
+    in_float32: bool,
+) -> PromptTable:
+    """A new adapter's table, on the base model's device and in its dtype, unless asked for none or for float32."""
+    device, dtype = holder.device_and_dtype()
+    if in_float32 and dtype in HALF:
+        dtype = torch.float32
+    if on_meta:
+        device = torch.device("meta")
+    is_plain = on_meta or config.inference_mode  # to be filled from a file, which holds the table alone
+    with torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
+        if is_plain:
+            table = PromptTable(*tuner.table_shape(config, geometry))
+        else:
+            table = tuner.make_table(config, geometry, model)
+    table.length, table.stride = config.num_virtual_tokens, config.num_transformer_submodules
+    if not is_plain and device.type != "meta":
+        with torch.no_grad():
+            tuner.start(table, config, holder, model)
+    return table.to(device=device, dtype=dtype)
+
+
+def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
+    """What virtual tokens have to fit in a base model, and a holder for them that is not a part of the model yet.
+
+    Raises:
+        NotImplementedError: The model cannot carry them; the message says why.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_input_embeddings") or not hasattr(model, "get_decoder"):
+        raise NotImplementedError(
+            f"Virtual tokens need a model of transformers, with a config and input embeddings; this is a {type(model).__name__}."
+        )
+    stack: nn.Module = model.get_decoder()  # type: ignore[operator]
+    layers = prefixes.attention_layers(stack)
+    shape, positions = (0, 0), position_modules(stack)
+    reason = _why_no_prefix(model, stack, layers, positions)
+    if reason is None:
+        shapes = {prefixes.key_value_shape(m) for m, _ in layers}
+        if len(shapes) > 1:
+            reason = f"its layers have keys of different shapes {sorted(shapes)}, which one table cannot hold"
+        shape = shapes.pop()
+    if reason is not None:
+        if placement == "prefix":
+            raise NotImplementedError(f"A {type(model).__name__} cannot carry a prefix: {reason}.")
+        layers = []
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    geometry = Geometry(
+        layers=len(layers),
+        heads=shape[0],
+        head_size=shape[1],
+        embedding_size=embedding.weight.shape[1],
+        queries=getattr(config, "num_attention_heads", None),
+        positions=longest_input(positions),
+        stacks=2 if getattr(config, "is_encoder_decoder", False) else 1,
+    )
+    return geometry, Prompts(model, layers, shape, stack)
+
+
+def _why_no_prefix(
+    model: nn.Module, stack: nn.Module, layers: list[Any], positions: dict[str, nn.Module]
+) -> str | None:
+    if not layers:
+        return (
+            "its attention layers do not take their function from transformers' attention interface, so that nothing can be put "
+            "in front of their keys. Use a method that adapts layers, or virtual tokens at the input"
+        )
+    if not positions and not has_relative_bias(stack) and not hasattr(stack, "build_alibi_tensor"):
+        return "how it counts positions is not known here, so that they cannot be shifted by the prefix"
+    return None
+
+
+__all__ = ["Geometry", "PromptTuner", "TokenTuner", "check_length", "check_size", "survey"]

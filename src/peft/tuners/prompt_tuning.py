@@ -1,0 +1,115 @@
+"""Prompt tuning: trained embeddings in front of the input's (Lester et al. 2021, arXiv 2104.08691)."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import PeftType, PromptLearningConfig
+from ..core.errors import did_you_mean
+from ..core.prompt_tuner import Geometry, TokenTuner
+from ..core.prompts import PromptTable
+
+
+class PromptTuningInit(str, enum.Enum):
+    """How virtual tokens start.
+
+    ``TEXT``: from the embeddings of a text; ``SAMPLE_VOCAB``: from those of tokens drawn from the vocabulary; ``RANDOM``: from
+    normal random numbers.
+    """
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+@dataclass
+class PromptTuningConfig(PromptLearningConfig):
+    """Configuration of prompt tuning.
+
+    Args:
+        prompt_tuning_init: How virtual tokens start, see :class:`PromptTuningInit`.
+        prompt_tuning_init_text: The text, for ``TEXT``. It is repeated or cut to the number of virtual tokens.
+        tokenizer_name_or_path: Its tokenizer, for ``TEXT``.
+        tokenizer_kwargs: Arguments for the tokenizer's ``from_pretrained``.
+
+    Raises:
+        ValueError: Unknown start, or a text start without text or tokenizer.
+    """
+
+    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict | None = None
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.PROMPT_TUNING
+        super().__post_init__()
+        known = [i.value for i in PromptTuningInit]
+        start = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)).upper()
+        if start not in known:
+            raise ValueError(
+                f"Unknown `prompt_tuning_init` {self.prompt_tuning_init!r}{did_you_mean(start, known)}. Use one of {', '.join(known)}."
+            )
+        self.prompt_tuning_init = PromptTuningInit(start)
+        if self.prompt_tuning_init is PromptTuningInit.TEXT:
+            for name, what in (("prompt_tuning_init_text", "the text"), ("tokenizer_name_or_path", "its tokenizer")):
+                if not getattr(self, name):
+                    raise ValueError(f"With prompt_tuning_init='TEXT', `{name}` has to be given: {what} to start from.")
+        elif self.tokenizer_kwargs:
+            raise ValueError("`tokenizer_kwargs` are used with prompt_tuning_init='TEXT' only. Leave them out.")
+
+
+class PromptEmbedding(PromptTable):
+    """The virtual tokens of prompt tuning: their table is the parameter.
+
+    Args:
+        config: The adapter's configuration, its sizes filled in.
+        word_embeddings: The base model's embeddings, to start from.
+    """
+
+    def __init__(self, config: Any, word_embeddings: Any) -> None:
+        rows = config.num_virtual_tokens * config.num_transformer_submodules
+        super().__init__(rows, config.token_dim)
+        weight = word_embeddings.weight
+        if (
+            config.prompt_tuning_init is PromptTuningInit.RANDOM
+            or config.inference_mode
+            or weight.device.type == "meta"
+        ):
+            return
+        if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
+            ids = torch.randint(weight.shape[0], (rows,)).tolist()
+        else:
+            ids = _text(config, rows)
+        if max(ids) >= weight.shape[0]:
+            raise ValueError(
+                f"The tokenizer {config.tokenizer_name_or_path!r} gives token {max(ids)}, but the model knows only {weight.shape[0]}. "
+                "Use the model's own tokenizer."
+            )
+        with torch.no_grad():
+            self.embedding.weight.copy_(word_embeddings(torch.tensor(ids, device=weight.device)))
+
+
+class PromptTuningModel(TokenTuner):
+    """A base model with virtual tokens; see :class:`~peft.core.prompt_tuner.PromptTuner`."""
+
+    @classmethod
+    def make_table(cls, config: Any, geometry: Geometry, model: Any) -> PromptTable:
+        return PromptEmbedding(config, model.get_input_embeddings())
+
+
+def _text(config: Any, count: int) -> list[int]:
+    """The text's tokens, repeated or cut to the number wanted."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"The text {config.prompt_tuning_init_text!r} has no tokens. Give a longer `prompt_tuning_init_text`."
+        )
+    return [ids[i % len(ids)] for i in range(count)]
