@@ -14,10 +14,14 @@ from peft import (
     BottleneckConfig,
     LoraConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     TrainableTokensConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.core.checkpoints import training_tensors
 from toy import DiagScaleConfig
 
 
@@ -32,6 +36,8 @@ class Setting:
         second: Options of a second adapter of another size, for tests with several.
         exempt: Promises that do not hold for this method, with the reason its docs give.
         default_targets: Whether it adapts the modules that it chooses itself, rather than those of the tiny model.
+        has_targets: Whether it adapts layers that its configuration names.
+        wrong: Options that no model can honour.
     """
 
     name: str
@@ -48,11 +54,13 @@ class Setting:
     second: dict[str, Any] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
     default_targets: bool = False
+    has_targets: bool = True
+    wrong: tuple[dict[str, Any], ...] = ({"target_modules": ["nothing"]}, {"target_modules": ["model"]})
 
     def make(self, base: tiny.Tiny, **options: Any) -> Any:
         """A configuration for a tiny model."""
-        targets = None if self.default_targets else list(base.targets)
-        return self.config(target_modules=targets, task_type=base.task_type, **options)
+        targets = {"target_modules": None if self.default_targets else list(base.targets)} if self.has_targets else {}
+        return self.config(**{**targets, "task_type": base.task_type, **options})
 
     def model(self, base: tiny.Tiny, dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
         """A fresh adapter on a tiny model."""
@@ -64,6 +72,21 @@ def tokens(target_modules: list[str], **options: Any) -> TrainableTokensConfig:
     usual = [list(base.targets) for base in (tiny.GPT2, tiny.LLAMA, tiny.T5)]
     targets = None if target_modules in usual else target_modules
     return TrainableTokensConfig(**{"token_indices": [9, 4, 30], "target_modules": targets, **options})
+
+
+def _prompts(
+    name: str, config: Callable[..., Any], bases: tuple[tiny.Tiny, ...] | None = None, **options: Any
+) -> Setting:
+    """A method with virtual tokens: it has no target layers and nothing to merge, and changes outputs from the start."""
+    return Setting(
+        name,
+        lambda **kw: config(**{"num_virtual_tokens": 5, **options, **kw}),
+        bases=bases or (tiny.BERT, tiny.GPT2, tiny.LLAMA, tiny.T5),
+        second={"num_virtual_tokens": 3},
+        exempt={"fresh": "virtual tokens change what the model attends to"},
+        has_targets=False,
+        wrong=({"num_virtual_tokens": 0}, {"num_virtual_tokens": "5"}),
+    )
 
 
 SETTINGS = (
@@ -136,6 +159,10 @@ SETTINGS = (
         "toy",
         lambda **kw: DiagScaleConfig(**{k: v for k, v in kw.items() if k != "task_type"}, task_type=kw["task_type"]),
     ),
+    _prompts("prefix", PrefixTuningConfig),
+    _prompts("prefix-projection", PrefixTuningConfig, bases=(tiny.BERT, tiny.LLAMA, tiny.T5), prefix_projection=True),
+    _prompts("prompt", PromptTuningConfig),
+    _prompts("p-tuning", PromptEncoderConfig, bases=(tiny.BERT, tiny.LLAMA, tiny.T5), encoder_hidden_size=7),
 )
 
 CASES = [(setting, base) for setting in SETTINGS for base in setting.bases]
@@ -148,11 +175,29 @@ def randomise(model: torch.nn.Module, adapter: str = "default", seed: int = 0, s
     """Give an adapter random weights, so that it changes outputs."""
     generator = torch.Generator().manual_seed(seed + 17)
     with torch.no_grad():
-        for tensor in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).values():
+        for tensor in own_tensors(model, adapter).values():
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+
+
+def own_tensors(model: torch.nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """What an adapter trains: the tensors of its file, or those that its file's are made of."""
+    made_of = {k: t for k, t in training_tensors(model, adapter).items() if isinstance(t, torch.nn.Parameter)}
+    in_file = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {**{k: t for k, t in in_file.items() if not (made_of and k == "prompt_embeddings")}, **made_of}
+
+
+def equal(setting: Setting, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit for bit; up to rounding with virtual tokens, which a decoder reads with the input or, where it keeps a cache, before."""
+    return torch.equal(a, b) if setting.has_targets else torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def logits(model: torch.nn.Module, base: tiny.Tiny, **kwargs: Any) -> torch.Tensor:
     """Outputs for the fixed inputs, without gradients."""
     with torch.no_grad():
-        return model(**base.inputs(), **kwargs).logits
+        return outputs(model, base.inputs(), **kwargs)
+
+
+def outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
+    """Logits, those of virtual tokens left out."""
+    found = model(**inputs, **kwargs).logits
+    return found[:, -inputs["input_ids"].shape[1] :] if found.dim() == 3 else found

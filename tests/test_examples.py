@@ -125,6 +125,26 @@ def test_the_same_seed_gives_the_same_adapter(example, tiny_model, reviews, tmp_
     assert train("1", "a") != train("2", "c")
 
 
+@pytest.mark.example
+def test_the_classic_prefix_tuning_script(tmp_path):
+    sizes = ["--train-rows", "32", "--test-rows", "16", "--max-tokens", "32", "--epochs", "1"]
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("prefix_tuning_imdb.py")), *sizes, "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "IMDB comes sorted by label" in run.stdout
+    assert re.search(r"epoch 1/1: training loss \d\.\d{3}, test accuracy \d\.\d{3}", run.stdout)
+    assert re.search(r"macro avg +\d\.\d{3} +\d\.\d{3} +\d\.\d{3} +16", run.stdout)
+    assert "agrees with the trained model in 100.0%" in run.stdout
+    assert re.search(r"it predicts: (negative|positive)\.", run.stdout)
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_training.safetensors", "tokenizer_config.json"} <= files
+    assert "config.json" not in files
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        assert file.get_tensor("prompt_embeddings").shape == (20, 6 * 2 * 384)
+
+
 def test_too_few_reviews_are_refused(example, reviews):
     with pytest.raises(
         SystemExit, match="24 reviews to train on and 12 to test on are there, 24 and 500 were asked for"

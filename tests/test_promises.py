@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 import tiny
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.core.checkpoints import training_tensors
 from peft.core.holder import adapted_modules
 from peft.core.layer import AdapterLayer
-from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, logits, randomise
+from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, equal, logits, outputs, own_tensors, randomise
 
 every_case = pytest.mark.parametrize(("setting", "base"), CASES, ids=IDS)
 every_method = pytest.mark.parametrize(("setting", "base"), ONE_EACH, ids=ONE_EACH_IDS)
@@ -25,9 +26,14 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 def skip_unless_mergeable(model):
-    reason = next((m.why_no_merge for _, m in adapted_modules(model) if isinstance(m, AdapterLayer)), None)
+    reason = why_not_mergeable(model)
     if reason:
         pytest.skip(f"the method cannot be merged: {reason}")
+
+
+def why_not_mergeable(model):
+    reasons = [m.why_no_merge for _, m in adapted_modules(model) if isinstance(m, AdapterLayer)]
+    return reasons[0] if reasons else "it changes no weight; that merging is refused is tested below"
 
 
 def flags(model):
@@ -47,6 +53,8 @@ def two_adapters(setting, base, dtype=torch.float32):
 
 @every_case
 def test_a_fresh_adapter_changes_nothing(setting, base):
+    if "fresh" in setting.exempt:
+        pytest.skip(f"exempt: {setting.exempt['fresh']}")
     plain = logits(base.build(), base)
     fresh = logits(setting.model(base), base)
     if "bit-exact start" in setting.exempt:
@@ -69,7 +77,7 @@ def test_a_trained_adapter_changes_something(setting, base):
 @every_case
 def test_only_the_adapter_trains(setting, base):
     model = setting.model(base)
-    own = {id(t) for t in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    own = {id(t) for t in own_tensors(model).values()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == own
     before = copy.deepcopy({n: p.detach() for n, p in model.named_parameters()})
     randomise(model)
@@ -211,7 +219,7 @@ def test_adapters_active_together_act_one_after_the_other(setting, base):
     if base.task_type == "SEQ_CLS":
         pytest.skip("two adapters that each train the head cannot be active together; tested below")
     model = two_adapters(setting, base)
-    model.base_model.set_adapter(["default", "other"])
+    model.set_adapter(["default", "other"])
     both = logits(model, base)
     skip_unless_mergeable(model)
     model.merge_adapter(["default"])
@@ -373,7 +381,7 @@ def test_merge_and_unload_gives_a_plain_model(setting, base):
 def test_unload_gives_the_base_model_back(setting, base):
     model = setting.model(base)
     randomise(model)
-    if next(m.why_no_merge for _, m in adapted_modules(model) if isinstance(m, AdapterLayer)) is None:
+    if why_not_mergeable(model) is None:
         model.merge_adapter()
     plain = model.unload()
     reference = base.build().state_dict()
@@ -395,6 +403,19 @@ def test_broken_weights_are_not_merged(setting, base):
     assert model.get_model_status().merged_adapters == []
 
 
+@every_case
+def test_what_has_nothing_to_merge_is_not_dropped_in_silence(setting, base):
+    model = setting.model(base)
+    if setting.has_targets:
+        pytest.skip("the method has weights to merge, or says itself why not")
+    randomise(model)
+    before = logits(model, base)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="no change of a weight"):
+            call()
+    assert torch.equal(logits(model, base), before)
+
+
 # 8 -----------------------------------------------------------------------------------------------------------------
 
 
@@ -408,14 +429,14 @@ def test_mixed_batches_equal_each_row_alone(setting, base):
         with torch.no_grad():
             if name == "__base__":
                 with model.disable_adapter():
-                    rows.append(model(**single).logits)
+                    rows.append(outputs(model, single))
             else:
                 model.set_adapter(name)
-                rows.append(model(**single).logits)
+                rows.append(outputs(model, single))
     model.set_adapter("default")
     mixed = logits(model, base, adapter_names=names)
     torch.testing.assert_close(mixed, torch.cat(rows), atol=2e-6, rtol=1e-5)
-    assert torch.equal(logits(model, base), logits(model, base, adapter_names=["default"] * 4))
+    assert equal(setting, logits(model, base), logits(model, base, adapter_names=["default"] * 4))
 
 
 @every_method
@@ -431,7 +452,7 @@ def test_wrong_mixed_batches_are_errors(setting, base):
     with pytest.raises(ValueError, match="allow_mixed_training=True"):
         model(**base.inputs(), adapter_names=["default"] * 4)
     model.eval()
-    if all(m.why_no_merge is None for _, m in adapted_modules(model) if isinstance(m, AdapterLayer)):
+    if why_not_mergeable(model) is None:
         model.merge_adapter()
         with pytest.raises(ValueError, match="unmerge_adapter"):
             logits(model, base, adapter_names=["default"] * 4)
@@ -448,7 +469,7 @@ def test_mixed_training_gives_each_adapter_the_gradients_of_its_rows(setting, ba
         alone = two_adapters(setting, base)
         alone.set_adapter(name)
         rows = [i for i, n in enumerate(names) if n == name]
-        alone(**{k: v[rows] for k, v in base.inputs().items()}).logits.pow(2).sum().backward()
+        outputs(alone, {k: v[rows] for k, v in base.inputs().items()}).pow(2).sum().backward()
         expected |= {n: p.grad for n, p in alone.named_parameters() if f".{name}" in n}
     model.train()
     if checkpointing is not None:
@@ -527,8 +548,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(setting, base, reentran
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_half_precision_bases_have_float32_adapters(setting, base, dtype):
     model = setting.model(base, dtype)
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    layers = [m for _, m in adapted_modules(model) if isinstance(m, AdapterLayer)]
+    own = own_tensors(model)
+    layers = [m for _, m in adapted_modules(model) if isinstance(m, AdapterLayer) or m.stands_alone]
     assert all(p.dtype == torch.float32 for m in layers for p in m.adapter_parameters("default"))
     randomise(model)
     out = model(**base.inputs()).logits
@@ -546,7 +567,7 @@ def test_autocast(setting, base):
     randomise(model, scale=0.05)
     exact = logits(model, base)
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(**base.inputs()).logits
+        out = outputs(model, base.inputs())
     out.float().pow(2).mean().backward()
     assert (out.float() - exact).abs().max() < 0.1 * exact.abs().max()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -597,7 +618,8 @@ def test_construction_on_meta_and_assignment_from_files(setting, base, tmp_path)
         with pytest.raises(ValueError, match="meta device"):
             PeftModel.from_pretrained(empty, tmp_path)
         return
-    holder = PeftModel.from_pretrained(empty, tmp_path)
+    # What makes a prefix while it trains is no part of an adapter that is only used.
+    holder = PeftModel.from_pretrained(empty, tmp_path, is_trainable=bool(training_tensors(model, "default")))
     assert all(p.device.type == "meta" for n, p in holder.named_parameters() if "base_layer" in n)
     state = model.state_dict()
     holder.load_state_dict(state, strict=True, assign=True)
@@ -624,8 +646,7 @@ def test_a_call_that_fails_leaves_the_model_as_it_was(setting, base, tmp_path):
     calls = [
         lambda: model.add_adapter("default", setting.make(base)),
         lambda: model.add_adapter("a.b", setting.make(base)),
-        lambda: model.add_adapter("new", setting.config(target_modules=["nothing"], task_type=base.task_type)),
-        lambda: model.add_adapter("new", setting.config(target_modules=["model"], task_type=base.task_type)),
+        *(lambda wrong=wrong: model.add_adapter("new", setting.make(base, **wrong)) for wrong in setting.wrong),
         lambda: model.set_adapter("missing"),
         lambda: model.set_adapter(["default", "missing"]),
         lambda: model.delete_adapter("missing"),
@@ -663,9 +684,10 @@ def test_a_failed_first_injection_leaves_a_plain_model(setting, base):
     model = base.build()
     keys, wanted = list(model.state_dict()), flags(model)
     whole = next(name for name, child in model.named_children() if isinstance(child, PreTrainedModel))
-    for targets in (["nothing"], [*base.targets, whole]):
+    partly = ({"target_modules": [*base.targets, whole]},) if setting.has_targets else ()
+    for wrong in (*setting.wrong, *partly):
         with pytest.raises(ValueError):
-            get_peft_model(model, setting.config(target_modules=targets, task_type=base.task_type))
+            get_peft_model(model, setting.make(base, **wrong))
     assert list(model.state_dict()) == keys
     assert flags(model) == wanted
     assert not hasattr(model, "peft_config")
@@ -683,10 +705,12 @@ def test_injection_without_a_holder_is_the_same(setting, base):
 
     result = set_peft_model_state_dict(raw, get_peft_model_state_dict(held))
     assert not result.unexpected_keys
-    assert torch.equal(logits(raw, base), logits(held, base))
-    assert {k.removeprefix("base_model.model.") for k in get_peft_model_state_dict(held)} == set(
-        get_peft_model_state_dict(raw)
+    assert equal(setting, logits(raw, base), logits(held, base))
+    bare = (
+        k.removeprefix("base_model.").removeprefix("model." if setting.has_targets else "")
+        for k in get_peft_model_state_dict(held)
     )
+    assert set(bare) == set(get_peft_model_state_dict(raw))
 
 
 def test_the_tiny_models_cover_every_kind_of_layer():

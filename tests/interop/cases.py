@@ -175,6 +175,29 @@ def tokens(name: str = "default", **values: Any) -> Adapter:
 
 # The peer has a module, `token_adapter`, between an embedding and its trained rows.
 NAMED_OTHERWISE = ("state", "loaded state", "layer status", "loaded layer status", "layer attributes")
+
+# Virtual tokens stand inside the base model here and beside it in the peer, which tells no status of them, can neither go on training
+# them nor take them out, and in whose state dict they have other names.
+VIRTUAL = (
+    "layer status", "model status", "layer attributes", "state", "initial values", "model unloaded", "unloaded", "loading to train",
+    "loaded layer status", "loaded state",
+)  # fmt: skip
+
+
+def virtual(name: str, method: str, base: str, task: str, more_here: tuple[str, ...] = (), **values: Any) -> Case:
+    """A case with virtual tokens."""
+    adapter = Adapter({"num_virtual_tokens": 5, **values}, method=method, noise=0.5)
+    if not task.endswith("LM"):  # there the peer cannot switch virtual tokens off
+        more_here += ("outputs without adapters",)
+    if (
+        method == "PromptEncoderConfig"
+        or "prefix_projection" in values
+        or (task == "TOKEN_CLS" and "Prefix" not in method)
+    ):
+        more_here += ("loaded gradients",)  # which the peer does not train once loaded, or not with labels
+    return Case(name, base, (adapter,), task, merge=False, more_here=(*VIRTUAL, *more_here))
+
+
 CASES: tuple[Case, ...] = (
     # BERT: every task that has a model class of its own, and a base without a task.
     Case("bert-classifier", "bert-classifier", (lora(),), "SEQ_CLS"),
@@ -519,6 +542,34 @@ CASES: tuple[Case, ...] = (
         for base in ("llama", "llama-tied", "gpt2")
     ),
     Case("llama-only-tokens", "llama", (tokens(),), "CAUSAL_LM", more_here=NAMED_OTHERWISE),
+    # Prefixes and virtual tokens.
+    *(
+        virtual(f"{method}-{base}", config, base, task, **values)
+        for method, config, values in (
+            ("prefix", "PrefixTuningConfig", {}),
+            ("prompt", "PromptTuningConfig", {}),
+            ("p-tuning", "PromptEncoderConfig", {"encoder_hidden_size": 7}),
+        )
+        for base, task in (
+            ("bert-classifier", "SEQ_CLS"),
+            ("bert-tagger", "TOKEN_CLS"),
+            ("gpt2", "CAUSAL_LM"),
+            ("llama", "CAUSAL_LM"),
+            ("t5", "SEQ_2_SEQ_LM"),
+        )
+    ),
+    virtual("prefix-zero", "PrefixTuningConfig", "bert-classifier", "SEQ_CLS", init_weights="zero"),
+    virtual(
+        "prefix-projection", "PrefixTuningConfig", "gpt2", "CAUSAL_LM", prefix_projection=True, encoder_hidden_size=7
+    ),
+    virtual(
+        "p-tuning-lstm",
+        "PromptEncoderConfig",
+        "bert-tagger",
+        "TOKEN_CLS",
+        encoder_hidden_size=7,
+        encoder_reparameterization_type="LSTM",
+    ),
     # Injection into a raw model, as other libraries do it.
     Case("inject-mlp", "mlp", (lora(target_modules=["first", "second"]),), inject=True),
     Case("inject-bert", "bert-encoder", (lora(target_modules=["query", "word_embeddings"]),), inject=True),

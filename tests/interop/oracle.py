@@ -88,8 +88,10 @@ def trainable(model: nn.Module) -> list[str]:
 
 
 def parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """All parameters by name; the peer has a module of its own between an embedding and its trained rows."""
-    return [(name.replace(".token_adapter.", "."), param) for name, param in model.named_parameters()]
+    """All parameters by name; the peer has a module of its own between an embedding and its trained rows, and virtual tokens stand
+    inside the base model here and beside it in the peer."""
+    named = model.named_parameters()
+    return [(n.replace(".token_adapter.", ".").removeprefix("base_model.peft_prompts."), param) for n, param in named]
 
 
 def belongs(name: str, case: Any) -> bool:
@@ -436,7 +438,10 @@ def save(case: Any, model: Any, folder: str) -> list[str]:
             make_config(case, adapter).save_pretrained(place)
     else:
         model.save_pretrained(str(root), **case.save)
-    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
+    files = [
+        p for p in Path(folder).rglob("*") if p.is_file() and p.name != "adapter_training.safetensors"
+    ]  # only here
+    return sorted(str(p.relative_to(folder)) for p in files)
 
 
 def load(case: Any, bases: str, folder: str, out: str) -> None:
@@ -485,6 +490,9 @@ def load(case: Any, bases: str, folder: str, out: str) -> None:
             record.note("outputs when frozen", patient.run)
             patient.model = build_base(case, bases, spoil=True)
             succeeded = record.note("loading to train", lambda: read(True))
+            if not succeeded and "loading to train" in case.more_here:  # the peer does not do it
+                patient.model = build_base(case, bases, spoil=True)
+                succeeded = bool(read(False))
     if succeeded:
         record.note("loaded layer status", lambda: peft.get_layer_status(patient.model))
         record.note("loaded state", lambda: shapes(patient.model.state_dict()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 import tempfile
 import zlib
@@ -149,4 +150,7 @@ def make_inputs(case: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
 
 def make_config(case: Any, adapter: Any) -> Any:
     """The config of one adapter, a fresh object."""
-    return getattr(peft, adapter.method)(task_type=case.task, **copy.deepcopy(adapter.values))
+    values = copy.deepcopy(adapter.values)
+    if "prefix_init" in inspect.signature(getattr(peft, adapter.method)).parameters:
+        values["prefix_init"] = "peer"  # this library's own start is another
+    return getattr(peft, adapter.method)(task_type=case.task, **values)

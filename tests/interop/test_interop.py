@@ -150,7 +150,8 @@ def test_adapters_of_the_oracle_matter(lab: Lab, case: Case) -> None:
     for adapter in case.adapters:
         adapted, plain = report.get(f"outputs of {adapter.name}"), report.get("outputs of the base")
         for name, value in plain.items():
-            assert np.abs(adapted[name] - value).max() > 0.05 * max(1.0, np.abs(value).max())
+            real = adapted[name][tuple(slice(-size, None) for size in value.shape)]  # virtual tokens have outputs too
+            assert np.abs(real - value).max() > 0.05 * max(1.0, np.abs(value).max())
 
 
 @over(CASES, "wrapping")
@@ -291,9 +292,9 @@ def test_outputs_after_deleting(lab: Lab, case: Case) -> None:
 
 
 def tensor_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The header of every safetensors file under the folder."""
+    """The header of every adapter's file under the folder."""
     found = {}
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(folder.rglob("adapter_model.safetensors")):
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -421,7 +422,7 @@ def test_loaded_outputs(lab: Lab, case: Case, writer: str, reader: str) -> None:
         same_read(lab, case, writer, reader, f"outputs of {name}")
 
 
-@both_ways(CASES)
+@both_ways(CASES, "outputs without adapters")
 def test_loaded_outputs_without_adapters(lab: Lab, case: Case, writer: str, reader: str) -> None:
     same_read(lab, case, writer, reader, "outputs without adapters")
 
@@ -456,7 +457,7 @@ def test_loaded_beams_of_a_mixed_batch(lab: Lab, case: Case, writer: str, reader
     same_read(lab, case, writer, reader, "beams of a mixed batch")
 
 
-@both_ways(WHOLE, "gradients")
+@both_ways([c for c in WHOLE if "loaded gradients" not in c.more_here], "gradients")
 def test_loaded_gradients(lab: Lab, case: Case, writer: str, reader: str) -> None:
     same_read(lab, case, writer, reader, "gradients")
 
