@@ -9,7 +9,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-from peft.kernels import low_rank
+from peft.kernels import modes
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -22,4 +22,4 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _small_inputs_take_the_kernels(monkeypatch):
     """The models of the tests are so small that the hand-written kernels would leave them to the plain operations."""
-    monkeypatch.setattr(low_rank, "FEW", 0)
+    monkeypatch.setattr(modes, "FEW", 0)

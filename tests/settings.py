@@ -12,6 +12,9 @@ import torch
 import tiny
 from peft import (
     BottleneckConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -89,6 +92,12 @@ def _prompts(
     )
 
 
+def ia3(**options: Any) -> IA3Config:
+    """IA³ with the ends of feed-forward networks rescaled at their input."""
+    inputs = [name for name in options["target_modules"] if name in ("dense", "c_proj", "down_proj")]
+    return IA3Config(**{"feedforward_modules": inputs, **options})
+
+
 SETTINGS = (
     Setting("lora", LoraConfig, second={"r": 4, "lora_alpha": 12}),
     Setting(
@@ -121,6 +130,15 @@ SETTINGS = (
         second={"trainable_token_indices": [5, 9]},
     ),
     Setting("rslora", lambda **kw: LoraConfig(use_rslora=True, r=6, **kw), bases=(tiny.LLAMA,)),
+    Setting("ia3", ia3, second={"feedforward_modules": []}),
+    # Rank 8 goes through ΔW on these small layers, rank 3 through its factors.
+    Setting("loha", LoHaConfig, second={"r": 3, "alpha": 12}),
+    Setting(
+        "lokr",
+        lambda **kw: LoKrConfig(**{"r": 2, **kw}),
+        second={"r": 1, "alpha": 3, "decompose_factor": 4, "decompose_both": True},
+    ),
+    Setting("lokr-whole", LoKrConfig, bases=(tiny.LLAMA,), second={"init_weights": "lycoris", "alpha": 3}),
     Setting(
         "bottleneck",
         partial(BottleneckConfig, ln_before=True),

@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft.kernels import dropout, low_rank
+from benchmarks.saved_bytes import saved_bytes
+from peft.kernels import dropout, modes
+from peft.kernels.hadamard import factors_are_cheaper, hadamard, hadamard_reference, khatri_rao_factors
+from peft.kernels.kronecker import add_kronecker, add_kronecker_reference
 from peft.kernels.linear import linear
 from peft.kernels.low_rank import add_low_rank, add_low_rank_reference, low_rank_linear
 from peft.kernels.recompute import Memo
+from peft.kernels.tucker import tucker
 
 
 def operands(lead=(2, 3), k=5, d=4, r=2, dtype=torch.float64):
@@ -26,7 +30,7 @@ def test_low_rank_equals_its_reference(lead):
 @pytest.mark.parametrize("few, by_hand", [(30, True), (31, False)])
 def test_small_inputs_take_the_plain_operations(few, by_hand, monkeypatch):
     y, x, a, b = operands((6,))
-    monkeypatch.setattr(low_rank, "FEW", few)
+    monkeypatch.setattr(modes, "FEW", few)
     assert (type(add_low_rank(y, x, a, b, 0.7).grad_fn).__name__ == "_LowRankBackward") == by_hand
 
 
@@ -160,17 +164,121 @@ def test_dropout_keeps_the_mean_of_the_low_rank_path():
 
 @pytest.mark.parametrize("lead", [(7,), (2, 3), (), (0, 3)])
 def test_linear_equals_its_reference(lead, monkeypatch):
-    monkeypatch.setattr(low_rank, "FEW", 0)
+    monkeypatch.setattr(modes, "FEW", 0)
     x, _, bias, a, _ = linear_operands(lead, d=2)
     torch.testing.assert_close(linear(x, a, bias, Memo()), F.linear(x, a, bias))
 
 
 @pytest.mark.parametrize("producer", [lambda h: h, F.gelu], ids=["saved", "recomputed"])
 def test_linear_gradients(producer, monkeypatch):
-    monkeypatch.setattr(low_rank, "FEW", 0)
+    monkeypatch.setattr(modes, "FEW", 0)
     x, _, bias, a, _ = linear_operands(d=2)
     function = lambda x, a, bias: linear(producer(x), a, bias, Memo())  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, a, bias))
     assert torch.autograd.gradgradcheck(function, (x, a, bias))
     kept = linear(producer(x), a, bias, Memo()).grad_fn.saved_tensors[0]
     assert (kept is None) == (producer is F.gelu)
+
+
+def make(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def hadamard_operands(rows=5, columns=7, r=3, dtype=torch.float64):
+    return [make(*shape, dtype=dtype) for shape in ((rows, r), (r, columns)) * 2]
+
+
+def test_hadamard_equals_its_reference_and_so_do_its_gradients():
+    factors = hadamard_operands()
+    torch.testing.assert_close(hadamard(*factors), hadamard_reference(*factors))
+    assert torch.autograd.gradcheck(hadamard, factors)
+    assert torch.autograd.gradgradcheck(hadamard, factors)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_khatri_rao_factors_are_those_of_the_hadamard_product(dtype, tolerance):
+    factors = hadamard_operands(24, 36, 4, dtype)
+    x, y = make(6, 36, dtype=dtype), make(6, 24, dtype=dtype)
+    inner, outer = khatri_rao_factors(*factors)
+    assert inner.shape == (16, 36) and outer.shape == (24, 16)
+    thin, dense = add_low_rank(y, x, inner, outer, 0.5), y + x @ hadamard(*factors).T * 0.5
+    torch.testing.assert_close(thin, dense, atol=tolerance * float(dense.abs().max()), rtol=0)
+    for one, two in zip(
+        torch.autograd.grad(thin.pow(2).sum(), [x, y, *factors]),
+        torch.autograd.grad(dense.pow(2).sum(), [x, y, *factors]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, atol=tolerance * float(two.abs().max()), rtol=0)
+
+
+def test_the_cost_model_counts_operations():
+    assert factors_are_cheaper(1024, 384, 384, 8)  # r² = 64 columns instead of 384
+    assert not factors_are_cheaper(1024, 384, 384, 16)
+    assert factors_are_cheaper(1, 384, 384, 16)  # for one token it is building the matrix that counts
+
+
+def test_hadamard_saves_its_factors_alone():
+    factors = hadamard_operands()
+    assert saved_bytes(hadamard(*factors)) == sum(f.nbytes for f in factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        product = hadamard(*(f.float() for f in factors))
+    product.float().sum().backward()
+    assert all(f.grad.isfinite().all() for f in factors)
+
+
+def kronecker_operands(lead=(2, 3), inner=True, dtype=torch.float64):
+    """w1 (3, 2), w2 (4, 5): rows 12, columns 10."""
+    y, x, w1 = make(*lead, 12, dtype=dtype), make(*lead, 10, dtype=dtype), make(3, 2, dtype=dtype)
+    return (
+        y,
+        x,
+        w1,
+        *((make(2, 5, dtype=dtype), make(4, 2, dtype=dtype)) if inner else (None, make(4, 5, dtype=dtype))),
+    )
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["factored", "whole"])
+@pytest.mark.parametrize("lead", [(7,), (2, 3), (2, 3, 4), (), (0, 3), (1,)])
+def test_kronecker_equals_its_reference(lead, inner):
+    y, *others = operands = kronecker_operands(lead, inner)
+    expected = add_kronecker_reference(*operands, 0.7)
+    torch.testing.assert_close(add_kronecker(*operands, 0.7), expected)
+    torch.testing.assert_close(add_kronecker(None, *others, 0.7), expected - y)
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["factored", "whole"])
+def test_kronecker_gradients(inner):
+    _, *others = operands = kronecker_operands((3,), inner)
+    assert torch.autograd.gradcheck(lambda *t: add_kronecker(*t, 1.3), operands)
+    assert torch.autograd.gradgradcheck(lambda *t: add_kronecker(*t, 1.3), operands)
+    assert torch.autograd.gradcheck(lambda *t: add_kronecker(None, *t, 1.3), others)
+
+
+def test_kronecker_of_non_contiguous_and_mixed_inputs():
+    y, x, *factors = kronecker_operands((3, 4))
+    y, x = y.transpose(0, 1), x.transpose(0, 1)
+    expected = add_kronecker_reference(y, x, *factors, 2.0)
+    torch.testing.assert_close(add_kronecker(y, x, *factors, 2.0), expected)
+    half = add_kronecker(y.bfloat16(), x.float(), *(f.float() for f in factors), 2.0)
+    torch.testing.assert_close(half.double(), expected, atol=0.1, rtol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = add_kronecker(y.bfloat16(), x.float(), *(f.float() for f in factors), 2.0)
+    assert out.dtype == torch.bfloat16
+    out.float().pow(2).sum().backward()
+    assert all(f.grad.isfinite().all() for f in factors)
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["factored", "whole"])
+def test_kronecker_saves_its_input_and_factors_alone(inner):
+    y, *others = kronecker_operands((8,), inner)
+    saved = saved_bytes(add_kronecker(y, *others, 1.0))
+    assert saved == sum(t.nbytes for t in others if t is not None)
+
+
+def test_tucker_is_the_weight_of_a_chain_of_convolutions():
+    core, inputs, outputs = torch.randn(2, 3, 3, 3), torch.randn(3, 5), torch.randn(4, 2)
+    x = torch.randn(1, 5, 6, 6)
+    weight = (outputs @ tucker(core, inputs)).view(4, 5, 3, 3)
+    conv = torch.nn.functional.conv2d
+    chain = conv(conv(conv(x, inputs[:, :, None, None]), core), outputs[:, :, None, None])
+    torch.testing.assert_close(conv(x, weight), chain, atol=1e-4, rtol=1e-4)

@@ -26,6 +26,9 @@ _PLACES = {
     "core.files": ("load_peft_weights",),
     "core.preparation": ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"),
     "tuners.bottleneck": ("BottleneckConfig", "BottleneckModel"),
+    "tuners.ia3": ("IA3Config", "IA3Model"),
+    "tuners.loha": ("LoHaConfig", "LoHaModel"),
+    "tuners.lokr": ("LoKrConfig", "LoKrModel"),
     "tuners.lora": ("LoraConfig", "LoraModel", "LoraRuntimeConfig"),
     "tuners.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "tuners.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
@@ -34,8 +37,8 @@ _PLACES = {
 }  # fmt: skip
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 _SUBMODULES = {
-    "auto", "config", "core", "functional", "helpers", "kernels", "mapping", "mapping_func", "mixed_model", "model", "optimizers",
-    "peft_model", "recipes", "registry", "task_models", "tuners", "utils",
+    "auto", "config", "core", "functional", "helpers", "kernels", "lycoris", "mapping", "mapping_func", "mixed_model", "model",
+    "optimizers", "peft_model", "recipes", "registry", "task_models", "tuners", "utils",
 }  # fmt: skip
 
 __all__ = sorted(_HOME)
@@ -104,6 +107,12 @@ if TYPE_CHECKING:
     from .task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from .tuners.bottleneck import BottleneckConfig as BottleneckConfig
     from .tuners.bottleneck import BottleneckModel as BottleneckModel
+    from .tuners.ia3 import IA3Config as IA3Config
+    from .tuners.ia3 import IA3Model as IA3Model
+    from .tuners.loha import LoHaConfig as LoHaConfig
+    from .tuners.loha import LoHaModel as LoHaModel
+    from .tuners.lokr import LoKrConfig as LoKrConfig
+    from .tuners.lokr import LoKrModel as LoKrModel
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
     from .tuners.lora import LoraRuntimeConfig as LoraRuntimeConfig

@@ -293,7 +293,7 @@ class PromptLearningConfig(PeftConfig):
 
 @dataclass
 class WeightConfig(PeftConfig):
-    """What configurations of methods that wrap layers share: checks of the fields that choose the layers."""
+    """What configurations of methods that wrap layers share: checks of fields that several methods have."""
 
     # Fields that give single modules another value, by name, suffix or regular expression.
     _pattern_fields = ("rank_pattern", "alpha_pattern")
@@ -317,6 +317,9 @@ class WeightConfig(PeftConfig):
                     )
         if pattern and layers is None:
             raise ValueError("`layers_pattern` has no effect without `layers_to_transform`: specify both, or neither.")
+        r = getattr(self, "r", 1)
+        if r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {r!r}.")
         for regex in [pattern] if isinstance(pattern, str) else pattern or ():
             check_regex("layers_pattern", regex)
         for name in self._pattern_fields:
@@ -341,6 +344,16 @@ class WeightConfig(PeftConfig):
             for key in (getattr(self, field_name, None) or {})
             if not any(pattern_matches(key, name) for name in names)
         ]
+
+    def check_probability(self, name: str) -> None:
+        """Refuse a field that is no probability below 1.
+
+        Raises:
+            ValueError: With the field's name.
+        """
+        value = getattr(self, name)
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"`{name}` is a probability, at least 0 and below 1, got {value!r}.")
 
     def pattern_value(self, field_name: str, module_name: str, default: Any) -> Any:
         """The value that a pattern field (``rank_pattern``, …) gives a module, else the default.

@@ -42,6 +42,9 @@ _METHODS: dict[str, Method] = {
     m.peft_type: m
     for m in (
         Method("LORA", "peft.tuners.lora", "LoraConfig", "LoraModel"),
+        Method("IA3", "peft.tuners.ia3", "IA3Config", "IA3Model"),
+        Method("LOHA", "peft.tuners.loha", "LoHaConfig", "LoHaModel"),
+        Method("LOKR", "peft.tuners.lokr", "LoKrConfig", "LoKrModel"),
         Method("BOTTLENECK", "peft.tuners.bottleneck", "BottleneckConfig", "BottleneckModel"),
         Method("TRAINABLE_TOKENS", "peft.tuners.trainable_tokens", "TrainableTokensConfig", "TrainableTokensModel"),
         Method("PREFIX_TUNING", "peft.tuners.prefix_tuning", "PrefixTuningConfig", "PrefixTuningModel"),

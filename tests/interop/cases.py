@@ -173,6 +173,21 @@ def tokens(name: str = "default", **values: Any) -> Adapter:
     return Adapter({"token_indices": [38, 17, 4, 50, 11, 19], **values}, name, method="TrainableTokensConfig")
 
 
+def loha(name: str = "default", **values: Any) -> Adapter:
+    """A LoHa adapter with these config values."""
+    return Adapter(values, name, "LoHaConfig", noise=0.4)
+
+
+def lokr(name: str = "default", **values: Any) -> Adapter:
+    """A LoKr adapter with these config values."""
+    return Adapter(values, name, "LoKrConfig", noise=0.4)
+
+
+def ia3(name: str = "default", **values: Any) -> Adapter:
+    """An IA³ adapter with these config values."""
+    return Adapter(values, name, "IA3Config", noise=0.5, centre=1.0)
+
+
 # The peer has a module, `token_adapter`, between an embedding and its trained rows.
 NAMED_OTHERWISE = ("state", "loaded state", "layer status", "loaded layer status", "layer attributes")
 
@@ -569,6 +584,81 @@ CASES: tuple[Case, ...] = (
         "TOKEN_CLS",
         encoder_hidden_size=7,
         encoder_reparameterization_type="LSTM",
+    ),
+    # LoHa.
+    Case("loha-bert", "bert-classifier", (loha(),), "SEQ_CLS"),
+    Case(
+        "loha-llama-two",
+        "llama",
+        (
+            loha(target_modules="all-linear", r=3, alpha=7, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 4}),
+            loha("second", r=4, target_modules=["v_proj"]),
+        ),
+        "CAUSAL_LM",
+        generate=True,
+    ),
+    Case(
+        "loha-together",
+        "mlp",
+        (loha(target_modules=["first"]), loha("b", r=2, target_modules=["first"])),
+        together=True,
+    ),
+    Case("loha-random-start", "mlp", (loha(target_modules=["first", "second"], r=2, init_weights=False),)),
+    Case("loha-t5", "t5", (loha(rank_dropout=0.2, module_dropout=0.1),), "SEQ_2_SEQ_LM"),
+    Case(
+        "loha-bfloat16",
+        "llama",
+        (loha(r=2),),
+        "CAUSAL_LM",
+        dtype="bfloat16",
+        tolerance=BF16_TOLERANCE,
+    ),
+    Case("inject-loha", "mlp", (loha(target_modules=["first", "second"]),), inject=True),
+    # LoKr.
+    Case("lokr-bert", "bert-classifier", (lokr(),), "SEQ_CLS"),
+    Case(
+        "lokr-llama-two",
+        "llama",
+        (
+            lokr(target_modules="all-linear", r=2, alpha=7, decompose_factor=4, rank_pattern={"q_proj": 1}),
+            lokr("second", r=1, decompose_both=True, target_modules=["v_proj"]),
+        ),
+        "CAUSAL_LM",
+        together=True,
+        generate=True,
+    ),
+    Case("lokr-lycoris-start", "bert-encoder", (lokr(r=2, init_weights="lycoris"),), "FEATURE_EXTRACTION"),
+    Case("lokr-random-start", "mlp", (lokr(target_modules=["first", "second"], r=2, init_weights=False),)),
+    Case("lokr-whole", "t5", (lokr(r=32, rank_dropout=0.2, rank_dropout_scale=True),), "SEQ_2_SEQ_LM"),
+    Case(
+        "lokr-bfloat16",
+        "llama",
+        (lokr(r=2),),
+        "CAUSAL_LM",
+        dtype="bfloat16",
+        tolerance=BF16_TOLERANCE,
+    ),
+    Case("inject-lokr", "mlp", (lokr(target_modules=["first", "second"], r=2),), inject=True),
+    # IA³.
+    Case("ia3-bert", "bert-classifier", (ia3(),), "SEQ_CLS"),
+    Case("ia3-gpt2", "gpt2", (ia3(fan_in_fan_out=True),), "CAUSAL_LM", generate=True),
+    Case(
+        "ia3-llama-two",
+        "llama",
+        (ia3(), ia3("second", target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])),
+        "CAUSAL_LM",
+        together=True,
+        generate=True,
+    ),
+    Case("ia3-t5", "t5", (ia3(modules_to_save=["lm_head"]),), "SEQ_2_SEQ_LM"),
+    Case("ia3-outputs-only", "mlp", (ia3(target_modules=["first", "second"], feedforward_modules=[]),)),
+    Case("ia3-random-start", "mlp", (ia3(target_modules=["first"], feedforward_modules=[], init_ia3_weights=False),)),
+    Case("ia3-bfloat16", "llama", (ia3(),), "CAUSAL_LM", dtype="bfloat16", tolerance=BF16_TOLERANCE),
+    Case(
+        "inject-ia3",
+        "mlp",
+        (ia3(target_modules=["first", "second"], feedforward_modules=["second"]),),
+        inject=True,
     ),
     # Injection into a raw model, as other libraries do it.
     Case("inject-mlp", "mlp", (lora(target_modules=["first", "second"]),), inject=True),

@@ -147,7 +147,7 @@ class Patient:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Loss and gradients of everything that trains, in training mode unless the adapter has dropout."""
-        dropout = any(adapter.values.get("lora_dropout") for adapter in self.case.adapters)
+        dropout = any(v for adapter in self.case.adapters for k, v in adapter.values.items() if k.endswith("dropout"))
         self.model.train(not dropout)
         self.model.zero_grad(set_to_none=True)
         result = self.model(**self.inputs, **self.labels)

@@ -16,7 +16,7 @@ from torch import nn
 
 from . import merging
 from .blocks import Attachment
-from .errors import PeftError
+from .errors import PeftError, doubt
 from .holder import BaseTunerLayer
 from .kinds import LayerKind, Vector, kind_of
 from .mixed import by_rows
@@ -455,6 +455,24 @@ class AdapterLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._first.pop(adapter_name, None)
         self.attachment.forget(adapter_name)
+
+    def correct_layout(self, config: Any, target: str) -> None:
+        """Set ``config.fan_in_fan_out``, whether the weight is stored as (in_features, out_features), to what the layer does.
+
+        Args:
+            config: Configuration with that field.
+            target: Full name of the adapted module, for the warning.
+
+        Raises:
+            ValueError: It was wrong, when strict; a warning otherwise.
+        """
+        stored_transposed = self.kind.name == "Conv1D"
+        if config.fan_in_fan_out != stored_transposed and self.kind.name in ("Linear", "Conv1D"):
+            doubt(
+                f"fan_in_fan_out is {config.fan_in_fan_out}, but the target {target!r} is a {self.kind.name}. "
+                f"Setting fan_in_fan_out to {stored_transposed}."
+            )
+            config.fan_in_fan_out = stored_transposed
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Device of the base weight and its dtype; float32 where the weight is no plain float tensor."""

@@ -141,7 +141,8 @@ def merge_layer(
         record = MergeRecord(base, keep_original)
     elif record.originals and not record.intact:
         _drop_originals(record)
-    entries = record.entries + [(layer, name) for name in names]
+    # Adapters of layers that wrap one another act from the inside outwards, in whatever order they were merged.
+    entries = sorted(record.entries + [(layer, name) for name in names], key=lambda entry: len(_layers_below(entry[0])))
     bias = getattr(base, "bias", None)
     if record.originals:  # one rounding for all adapters
         start = {k: t.to(base.weight.device) for k, t in record.originals.items()}
@@ -322,8 +323,38 @@ def check_mergeable(model: nn.Module, layers: Sequence[tuple[str, AdapterLayer, 
                 "change the other module too. Untie them first: set config.tie_word_embeddings = False and give one of "
                 "them its own copy, e.g. `module.weight = torch.nn.Parameter(module.weight.clone())`."
             )
+    _check_order(layers)
     bad = [name for name, layer, _ in layers if (r := record_of(layer)) is not None and r.originals and not r.intact]
     if bad:
         doubt(
             f"Weights with merged adapters were changed since: {shorten(bad)}. Unmerging them will subtract and round."
         )
+
+
+def _layers_below(layer: AdapterLayer) -> list[AdapterLayer]:
+    """The adapted layers of other methods that a layer wraps, outer before inner."""
+    from .layer import AdapterLayer
+
+    found: list[AdapterLayer] = []
+    below = layer.base_layer
+    while isinstance(below, AdapterLayer):
+        found.append(below)
+        below = below.base_layer
+    return found
+
+
+def _check_order(layers: Sequence[tuple[str, AdapterLayer, list[str]]]) -> None:
+    """Refuse to merge an adapter past unmerged ones inside it, unless both only add to the weight.
+
+    Raises:
+        ValueError: With the names of both.
+    """
+    asked = {(layer, adapter) for _, layer, names in layers for adapter in names}
+    for name, layer, names in layers:
+        for below in _layers_below(layer):
+            waiting = [n for n in below.live_adapters() if (below, n) not in asked]
+            if waiting and (layer.delta_depends_on_weight or below.delta_depends_on_weight):
+                raise ValueError(
+                    f"Cannot merge {shorten(names)} into {name!r}: it acts on the output of {shorten(waiting)}, which is active on the "
+                    "same layer and not merged. Merge them together, or that one first."
+                )

@@ -18,21 +18,26 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
 def resolve_defaults(
-    config: Any, model: nn.Module, look_up: Callable[[str], Targets | list[str] | None], known: Iterable[str] = DEFAULTS
+    config: Any,
+    model: nn.Module,
+    look_up: Callable[[str], Targets | list[str] | None],
+    known: Iterable[str] = DEFAULTS,
+    field: str = "target_modules",
 ) -> set[str] | str:
-    """The configured targets, or those that the model's type has by default.
+    """The configured modules, or those that the model's type has by default.
 
     Args:
-        config: Configuration with ``target_modules``.
+        config: Configuration with that field.
         model: The base model.
         look_up: The method's defaults for a model type, or ``None``.
         known: The types that it knows, for the message.
+        field: The field that names the modules.
 
     Raises:
-        ValueError: No targets are configured, and the model's type is not known.
+        ValueError: None are configured, and the model's type is not known.
     """
-    if config.target_modules is not None:
-        return config.target_modules
+    if (configured := getattr(config, field)) is not None:
+        return configured
     model_config = getattr(model, "config", None)
     candidates = model_types_of(model_config) if model_config is not None else []
     for model_type in candidates:
@@ -40,20 +45,21 @@ def resolve_defaults(
         if targets is not None:
             if model_type != candidates[0]:
                 doubt(
-                    f"No default target_modules are known for models of type {candidates[0]!r}; those of the {model_type!r} inside "
-                    f"it are used: {targets!r}. They may reach other parts of the model too: name target_modules to be sure."
+                    f"No default {field} are known for models of type {candidates[0]!r}; those of the {model_type!r} inside "
+                    f"it are used: {targets!r}. They may reach other parts of the model too: name {field} to be sure."
                 )
             return targets if isinstance(targets, str) else set(targets)
+    mend = "Name the modules to adapt, or use 'all-linear'." if field == "target_modules" else "Give [] for none."
     if not candidates:
         raise ValueError(
-            f"Please specify `target_modules` in `peft_config`: the model, a {type(model).__name__}, has no config.model_type "
-            "to look up defaults for. Name the modules to adapt, or use 'all-linear'."
+            f"Please specify `{field}` in `peft_config`: the model, a {type(model).__name__}, has no config.model_type "
+            f"to look up defaults for. {mend}"
         )
     close = closest_model_types(candidates[0], known=known)
     hint = f" Known types with a similar name: {shorten(close)}." if close else ""
     raise ValueError(
-        f"Please specify `target_modules` in `peft_config`: no default is known for models of type {candidates[0]!r}.{hint} "
-        "Name the modules to adapt, or use 'all-linear'."
+        f"Please specify `{field}` in `peft_config`: no default is known for models of type {candidates[0]!r}.{hint} "
+        f"{mend}"
     )
 
 

@@ -19,6 +19,7 @@ from .errors import PeftWarning, shorten
 from .extra_modules import ModulesToSaveWrapper
 from .holder import BaseTunerLayer, adapted_modules, require_adapters
 from .injection import Placed, inject, plan_layers
+from .kinds import kind_of
 from .layer import AdapterLayer
 from .replication import restore
 from .targets import resolve_defaults
@@ -42,6 +43,8 @@ class BaseTuner(nn.Module):
 
     layer_cls: ClassVar[type[AdapterLayer]]
     """The method's layer."""
+    layers: ClassVar[Mapping[str, type[AdapterLayer]]] = {}
+    """Its subclasses that programs know by name, by the name of the kind of layer that each is for."""
     default_role: ClassVar[str] = "attention"
     """Which column of the table of default targets the method uses."""
     prefix: ClassVar[str] = ""
@@ -125,7 +128,8 @@ class BaseTuner(nn.Module):
     @classmethod
     def make_layer(cls, base_layer: nn.Module, config: Any) -> AdapterLayer:
         """Wrap a layer."""
-        return cls.layer_cls(base_layer)
+        kind = kind_of(base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer)
+        return cls.layers.get(kind.name if kind else "", cls.layer_cls)(base_layer)
 
     def for_file(
         self, adapter_name: str, tensors: dict[str, torch.Tensor], config: Any, initial: str | None = None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import recompute
-from .low_rank import _autocast, _by_hand
+from .modes import autocast, by_hand
 from .recompute import Memo
 
 
@@ -27,9 +27,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, memo: Memo
     Saved for backward: ``weight``, and ``x`` unless it can be computed again from what its producer keeps
     (:mod:`peft.kernels.recompute`); ``F.linear`` always saves both. The cost is the producer's own operation once more.
     """
-    if not _by_hand(x, weight, bias):
+    if not by_hand(x, weight, bias):
         return F.linear(x, weight, bias)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return _Linear.apply(x, weight, bias, memo)
 

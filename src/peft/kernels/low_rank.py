@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from . import dropout, recompute
+from .modes import autocast, by_hand
 from .recompute import Memo
-
-FEW = 2**16
-"""Inputs of fewer elements take the plain operations: what the hand-written form saves is less than what its calls from Python cost."""
 
 
 def add_low_rank_reference(
@@ -51,9 +49,9 @@ def add_low_rank(
 
     Saved for backward: ``drop(x) aᵀ``, shape (…, r), and ``x`` unless it can be recomputed; neither ``y`` nor the product.
     """
-    if not _by_hand(x, a, b):
+    if not by_hand(x, a, b):
         return _accumulate(y, F.linear(F.dropout(x, rate) if rate > 0 else x, a), b, scale)
-    x, a, b = _autocast(x, a, b)
+    x, a, b = autocast(x, a, b)
     with torch.autocast(x.device.type, enabled=False):
         return _LowRank.apply(x, y, None, None, a, b, scale, rate, memo)
 
@@ -86,9 +84,9 @@ def low_rank_linear(
     Returns:
         (…, out_features).
     """
-    if not _by_hand(x, a, b) or weight.requires_grad or weight.dtype != a.dtype:
+    if not by_hand(x, a, b) or weight.requires_grad or weight.dtype != a.dtype:
         return add_low_rank(F.linear(x, weight, bias), x, a, b, scale, rate, memo)
-    x, weight, bias, a, b = _autocast(x, weight, bias, a, b)
+    x, weight, bias, a, b = autocast(x, weight, bias, a, b)
     with torch.autocast(x.device.type, enabled=False):
         return _LowRank.apply(x, None, weight, bias, a, b, scale, rate, memo)
 
@@ -179,26 +177,3 @@ def _input_gradient(
         return through if weight is None else grad @ weight + through
     base = grad @ weight
     return base.addmm_(u, a) if mask is None else base.addcmul_(u @ a, mask)
-
-
-def _by_hand(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the hand-written backward pass is wanted: one is needed, and nothing wants to look inside."""
-    return (
-        torch.is_grad_enabled()
-        and (x.requires_grad or a.requires_grad or b.requires_grad)
-        and x.dim() > 1
-        and x.numel() >= FEW
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-    )
-
-
-def _autocast(x: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
-    """The operands in autocast's dtype, where it is on: inside the function it would not see the backward pass."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return [x, *others]
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others)]

@@ -114,10 +114,7 @@ class LoraConfig(WeightConfig):
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r!r}.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"`lora_dropout` is a probability, at least 0 and below 1, got {self.lora_dropout!r}.")
+        self.check_probability("lora_dropout")
         if self.lora_bias and self.use_dora:
             raise ValueError(
                 "`lora_bias=True` does not go with `use_dora=True`: the magnitude would scale the bias too. Leave one of them out."

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.errors import doubt
 from ...core.kinds import has_plain_weight
 from ...core.layer import AdapterLayer
 from ...kernels.combining import pad_to
@@ -57,13 +56,7 @@ class LoraLayer(AdapterLayer):
         alpha = config.pattern_value("alpha_pattern", target, config.lora_alpha)
         if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
             raise ValueError(f"the rank should be a positive integer, got {r!r}")
-        stored_transposed = self.kind.name == "Conv1D"
-        if config.fan_in_fan_out != stored_transposed and self.kind.name in ("Linear", "Conv1D"):
-            doubt(
-                f"fan_in_fan_out is {config.fan_in_fan_out}, but the target {target!r} is a {self.kind.name}. "
-                f"Setting fan_in_fan_out to {stored_transposed}."
-            )
-            config.fan_in_fan_out = stored_transposed
+        self.correct_layout(config, target)
         variant_of(config.use_dora).check(self, config)
         if config.lora_bias and self.kind.takes_indices:
             raise ValueError(f"lora_bias=True is for layers with a product, not for a {self.kind.name}")

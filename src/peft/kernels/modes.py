@@ -1,0 +1,33 @@
+"""What every kernel asks before it takes its hand-written backward pass: is one wanted, and does autocast change the operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FEW = 2**16
+"""Inputs of fewer elements take the plain operations: what the hand-written form saves is less than what its calls from Python cost."""
+
+
+def by_hand(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether a hand-written backward pass is wanted: one is needed, and nothing wants to look inside."""
+    return (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, *others))
+        and x.dim() > 1
+        and x.numel() >= FEW
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
+    """The operands in autocast's dtype, where it is on: inside a function it would not see the backward pass."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others)]
