@@ -17,6 +17,7 @@ from .mixed import MixedPlan, by_rows
 from .positions import Shift, position_modules
 from .prefixes import NotePast, Pair, Site
 from .prompt_table import PromptTable
+from .sharding import is_dtensor, whole
 
 NAME = "peft_prompts"
 """The holder's name in the base model."""
@@ -125,7 +126,7 @@ class Prompts(BaseTunerLayer):
     def adapter_tensors(self, name: str) -> Iterator[tuple[str, str, nn.Parameter | torch.Tensor]]:
         if name in self.prompt_encoder:
             table = self._table(name)
-            tensor = table.embedding.weight if table.folded else table().detach()
+            tensor = table.embedding.weight if table.folded else _fold(table)
             yield FILE_KEY, f"prompt_encoder.{name}.embedding.weight", tensor
 
     def training_tensors(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -470,3 +471,12 @@ class _Outside:
 
 
 __all__ = ["FILE_KEY", "NAME", "Placement", "PromptTable", "Prompts"]
+
+
+def _fold(table: PromptTable) -> torch.Tensor:
+    """The virtual tokens that a table makes, as a constant; of parameters spread over processes the whole ones make it."""
+    state = table.state_dict(keep_vars=True)
+    if not any(is_dtensor(tensor) for tensor in state.values()):
+        return table().detach()
+    gathered = {key: whole(tensor, key).detach() for key, tensor in state.items()}
+    return torch.func.functional_call(table, gathered).detach()
