@@ -15,7 +15,6 @@ from peft import BottleneckConfig, LoraConfig, PeftModel, get_peft_model, get_pe
 from peft.core.holder import adapted_modules
 from peft.core.targets import base_modules, match
 from peft.helpers import recompute_inputs
-from peft.kernels import modes
 from peft.tuners.bottleneck.places import PLACES
 from settings import logits, randomise
 from tiny_architectures import build_on_meta
@@ -153,8 +152,7 @@ def test_starts():
 
 
 @pytest.mark.parametrize("options", [{"target_modules": ["norm"]}, {"target_modules": ["fc2"], "ln_before": True}])
-def test_what_a_norm_gives_is_not_kept(options, monkeypatch):
-    monkeypatch.setattr(modes, "FEW", 0)
+def test_what_a_norm_gives_is_not_kept(options):
     x, found = X.clone().requires_grad_(), {}
     for enabled in (False, True):
         model = adapted(**options)

@@ -196,12 +196,10 @@ def test_a_killed_run_goes_on_to_the_same_result(bert, reviews, tmp_path):
     )
     said = run(*common, "--out", tmp_path / "killed", "--resume").output
     assert "Going on from" in said
-    # Two processes may differ in the last bit, whether one was killed or not; a wrong order or state differs in the first digits.
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-3)
+    assert all(torch.equal(one[k], other[k]) for k in one)
     reports = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("whole", "killed")]
-    for part in ("test", "best"):
-        assert reports[1][part] == pytest.approx(reports[0][part], abs=1e-4)
+    assert reports[0]["test"] == reports[1]["test"] and reports[0]["best"] == reports[1]["best"]
 
 
 def test_ctrl_c_leaves_a_checkpoint(bert, reviews, tmp_path, monkeypatch):

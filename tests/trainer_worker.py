@@ -14,10 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 from peft import LoraConfig, get_peft_model
-from peft.kernels import modes
 
 STEPS = 8
-modes.FEW = 0  # the kernels, as in the other tests
 
 
 class Rows(Dataset):
