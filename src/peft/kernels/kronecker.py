@@ -110,16 +110,14 @@ class _Kronecker(torch.autograd.Function):
         base = y if weight is None else F.linear(x, weight, bias)
         out = _accumulate(base, _shape(x, w1, outer), _mixed(x, w1, inner), outer, scale, in_place=base is not y)
         for_factors = any(ctx.needs_input_grad[4:7])
-        ctx.way = recompute.way_back(x, memo) if for_factors and memo is not None else None
-        ctx.save_for_backward(x if for_factors and ctx.way is None else None, weight, w1, inner, outer)
+        ctx.save_for_backward(recompute.to_keep(ctx, x, memo, for_factors), weight, w1, inner, outer)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grads
-        x, weight, w1, inner, outer = ctx.saved_tensors
-        if ctx.way is not None:
-            x = recompute.recompute(ctx.next_functions[0][0], ctx.way)
+        kept, weight, w1, inner, outer = ctx.saved_tensors
+        x = recompute.from_kept(ctx, kept)
         needs_x, needs_y, _, needs_bias, needs_w1, needs_inner, needs_outer, *_ = ctx.needs_input_grad
         flat = grad.reshape(-1, grad.shape[-1])
         low = flat if flat.dtype == outer.dtype else flat.to(outer.dtype)

@@ -37,17 +37,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, memo: Memo
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, memo: Memo) -> torch.Tensor:
-        needed = ctx.needs_input_grad[1]
-        ctx.way = recompute.way_back(x, memo) if needed else None
-        ctx.save_for_backward(x if needed and ctx.way is None else None, weight)
+        ctx.save_for_backward(recompute.to_keep(ctx, x, memo, ctx.needs_input_grad[1]), weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grads
-        x, weight = ctx.saved_tensors
-        if ctx.way is not None:
-            x = recompute.recompute(ctx.next_functions[0][0], ctx.way)
+        kept, weight = ctx.saved_tensors
+        x = recompute.from_kept(ctx, kept)
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None

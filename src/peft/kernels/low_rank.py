@@ -115,16 +115,14 @@ class _LowRank(torch.autograd.Function):
         assert base is not None
         out = _accumulate(base, t, b, ctx.scale, in_place=base is not y)
         for_a, for_b = ctx.needs_input_grad[4:6]
-        ctx.way = recompute.way_back(x, memo) if for_a and memo is not None else None
-        ctx.save_for_backward(x if for_a and ctx.way is None else None, t if for_b else None, weight, a, b)
+        ctx.save_for_backward(recompute.to_keep(ctx, x, memo, for_a), t if for_b else None, weight, a, b)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = grads
-        x, t, weight, a, b = ctx.saved_tensors
-        if ctx.way is not None:
-            x = recompute.recompute(ctx.next_functions[0][0], ctx.way)
+        kept, t, weight, a, b = ctx.saved_tensors
+        x = recompute.from_kept(ctx, kept)
         mask = _mask(ctx) if ctx.rate > 0 else None
         if mask is not None and x is not None:
             x = x * mask

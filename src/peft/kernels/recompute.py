@@ -117,6 +117,24 @@ def way_back(x: torch.Tensor, memo: Memo) -> Way | None:
     return way
 
 
+def to_keep(ctx: Any, x: torch.Tensor, memo: Memo | None, needed: bool) -> torch.Tensor | None:
+    """What a kernel's forward pass is to save for its first input: ``x``, or nothing where :func:`from_kept` finds it another way.
+
+    Args:
+        ctx: Of the autograd function, which remembers the way.
+        x: Its first input.
+        memo: The memo of the layer; ``None``: keep ``x`` in any case.
+        needed: Whether the backward pass reads ``x`` at all.
+    """
+    ctx.way = way_back(x, memo) if needed and memo is not None else None
+    return x if needed and ctx.way is None else None
+
+
+def from_kept(ctx: Any, x: torch.Tensor | None) -> Any:
+    """The first input in the backward pass, from what :func:`to_keep` gave; ``None`` where it was not needed."""
+    return x if ctx.way is None else recompute(ctx.next_functions[0][0], ctx.way)
+
+
 def recompute(node: torch.autograd.graph.Node, way: Way) -> torch.Tensor:
     """Compute an activation again, in the backward pass.
 
