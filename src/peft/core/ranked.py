@@ -19,7 +19,7 @@ class ScaledLayer(AdapterLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.r: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, Any] = {}  # numbers, or tensors of one where compiled code is to read them
         self._start_scaling: dict[str, float] = {}
         self._memo = Memo()
 
@@ -41,7 +41,13 @@ class ScaledLayer(AdapterLayer):
         return r, config.pattern_value("alpha_pattern", target, alpha)
 
     def add_factors(
-        self, x: torch.Tensor, y: torch.Tensor | None, inner: torch.Tensor, outer: torch.Tensor, scale: float
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        inner: torch.Tensor,
+        outer: torch.Tensor,
+        scale: float,
+        rate: float = 0.0,
     ) -> torch.Tensor:
         """``y + scale · outer (inner x)`` in the layer's geometry, without building the product of the factors.
 
@@ -51,9 +57,10 @@ class ScaledLayer(AdapterLayer):
             inner: (n, columns of the weight).
             outer: (rows of the weight, n).
             scale: Factor of the product.
+            rate: Probability of dropping an element of ``x``, for layers that are plain matrix products.
         """
         if self.kind.is_matrix_product and y is not None:
-            return add_low_rank(y, x, inner, outer, scale, memo=self._memo)
+            return add_low_rank(y, x, inner, outer, scale, rate, self._memo)
         base = self.get_base_layer()
         product = self.kind.mix(base, self.kind.product(base, x, inner), outer) * scale
         return product if y is None else y + product
@@ -63,7 +70,7 @@ class ScaledLayer(AdapterLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scaling to ``scale`` times what its configuration says; absent adapters are passed over."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._configured_scaling(adapter)
+            self.rescale(adapter, scale * self._configured_scaling(adapter))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of all active adapters."""
@@ -71,17 +78,24 @@ class ScaledLayer(AdapterLayer):
             for name in self.active_adapters:
                 if name in self.scaling:
                     self._configured_scaling(name)
-                    self.scaling[name] *= scale
+                    self.rescale(name, float(self.scaling[name]) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of all active adapters, or set it back to what the configuration says."""
         for name in self.active_adapters:
             if name in self.scaling:
                 configured = self._configured_scaling(name)
-                self.scaling[name] = configured if scale is None else self.scaling[name] / scale
+                self.rescale(name, configured if scale is None else float(self.scaling[name]) / scale)
+
+    def rescale(self, name: str, scaling: float) -> None:
+        """Set an adapter's scaling; where it is kept as a tensor, in place."""
+        if isinstance(self.scaling[name], torch.Tensor):
+            self.scaling[name].fill_(scaling)
+        else:
+            self.scaling[name] = scaling
 
     def _configured_scaling(self, name: str) -> float:
-        return self._start_scaling.setdefault(name, self.scaling[name])
+        return self._start_scaling.setdefault(name, float(self.scaling[name]))
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -10,16 +10,15 @@ import torch
 from torch import nn
 
 from ...core.kinds import has_plain_weight
-from ...core.layer import AdapterLayer
+from ...core.ranked import ScaledLayer
 from ...kernels.combining import pad_to
-from ...kernels.low_rank import add_low_rank, low_rank_linear
-from ...kernels.recompute import Memo
+from ...kernels.low_rank import low_rank_linear
 from .dora import DORA
 from .starts import as_plain, decompose, orthogonal, reads_weight
 from .variants import PLAIN, Plain
 
 
-class LoraLayer(AdapterLayer):
+class LoraLayer(ScaledLayer):
     """A layer with LoRA adapters.
 
     ``lora_A[name].weight`` has shape (r, in_features) and ``lora_B[name].weight`` (out_features, r); on embeddings the parameters
@@ -36,26 +35,19 @@ class LoraLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, Any] = {}  # a number, or a tensor of one (see make_room)
         self.lora_dropout = nn.ModuleDict()
         self.lora_start = nn.ModuleDict()
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
-        self._start_scaling: dict[str, float] = {}
         if getattr(self.get_base_layer(), "groups", 1) > 1:
             self.why_no_merge = (
                 "LoRA's A reads all input channels of a grouped convolution, and its weight has no place for that; "
                 "use the adapter unmerged"
             )
-        self._memo = Memo()
 
     def settings(self, config: Any, target: str) -> dict[str, Any]:
-        r = config.pattern_value("rank_pattern", target, config.r)
-        alpha = config.pattern_value("alpha_pattern", target, config.lora_alpha)
-        if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
-            raise ValueError(f"the rank should be a positive integer, got {r!r}")
+        r, alpha = self.rank_and_alpha(config, target, config.lora_alpha)
         self.correct_layout(config, target)
         variant_of(config.use_dora).check(self, config)
         if config.lora_bias and self.kind.takes_indices:
@@ -145,17 +137,14 @@ class LoraLayer(AdapterLayer):
     def add_change(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + s B A x of an adapter, with its dropout on x."""
         a, b, scale = self.scaled_factors(name)
-        base = self.get_base_layer()
-        x = self.cast_input(x, a.dtype)
+        x, rate = self.cast_input(x, a.dtype), 0.0
         if self.kind.is_matrix_product:
             x, rate = self._dropout(name, x)
-            y = add_low_rank(y, x, a, b, scale, rate, self._memo)
-        else:
-            if not self.kind.takes_indices:
-                x = self.lora_dropout[name](x)
-            y = y + self.kind.mix(base, self.kind.product(base, x, a), b) * scale
+        elif not self.kind.takes_indices:
+            x = self.lora_dropout[name](x)
+        y = self.add_factors(x, y, a, b, scale, rate)
         bias = self.delta_bias(name, None)
-        return y if bias is None else y + self.kind.channels(base, bias)
+        return y if bias is None else y + self.kind.channels(self.get_base_layer(), bias)
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         if self.variant(name) is not PLAIN or self.lora_bias[name]:
@@ -218,38 +207,6 @@ class LoraLayer(AdapterLayer):
                 part = self.kind.combine(base, start.b, start.a) * self.scaling[name]
                 base.weight.sub_(self.kind.from_matrix(base, part).to(base.weight))
 
-    # -- scaling at run time ---------------------------------------------------------------------------------------
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scaling to ``scale`` times what its configuration says; absent adapters are passed over."""
-        if adapter in self.scaling:
-            self.rescale(adapter, scale * self._configured_scaling(adapter))
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of all active adapters."""
-        if scale != 1:
-            for name in self.active_adapters:
-                if name in self.scaling:
-                    self._configured_scaling(name)
-                    self.rescale(name, float(self.scaling[name]) * scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of all active adapters, or set it back to what the configuration says."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                configured = self._configured_scaling(name)
-                self.rescale(name, configured if scale is None else float(self.scaling[name]) / scale)
-
-    def rescale(self, name: str, scaling: float) -> None:
-        """Set an adapter's scaling; where it is kept as a tensor, in place."""
-        if isinstance(self.scaling[name], torch.Tensor):
-            self.scaling[name].fill_(scaling)
-        else:
-            self.scaling[name] = scaling
-
-    def _configured_scaling(self, name: str) -> float:
-        return self._start_scaling.setdefault(name, float(self.scaling[name]))
-
     # -- being replaced while in use -------------------------------------------------------------------------------
 
     def retune(self, name: str, settings: dict[str, Any]) -> None:
@@ -305,10 +262,6 @@ class LoraLayer(AdapterLayer):
         a, b = (self.get_parameter(self.own_key(slot, name)) for slot in self._slots())
         return a.shape[0] // b.shape[1]
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._start_scaling.pop(adapter_name, None)
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter can be written as plain LoRA: it is, unless it has magnitudes."""
         return not self.use_dora.get(adapter_name, False)
@@ -343,6 +296,3 @@ class Conv2d(LoraLayer):
 
 class Conv3d(LoraLayer):
     """LoRA on ``nn.Conv3d``."""
-
-
-LAYERS = {layer.__name__: layer for layer in (Embedding, Conv1d, Conv2d, Conv3d)}

@@ -12,12 +12,11 @@ from ...core.checkpoints import PREFIX, file_prefix
 from ...core.combining import combine
 from ...core.errors import doubt, shorten
 from ...core.files import load_peft_weights
-from ...core.holder import BaseTunerLayer, adapted_modules
-from ...core.kinds import kind_of
+from ...core.holder import adapted_modules
 from ...core.tuner import BaseTuner
 from ...kernels.combining import SignMethod
 from .combining import LoraCombination
-from .layer import LAYERS, Linear, LoraLayer
+from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .starts import as_plain, doubled_alpha, reads_weight
 
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -27,14 +26,17 @@ class LoraModel(BaseTuner):
     """A base model with LoRA adapters (Hu et al. 2021, arXiv 2106.09685); see :class:`~peft.core.tuner.BaseTuner`."""
 
     layer_cls = LoraLayer
+    layers = {
+        "Linear": Linear,
+        "Conv1D": Linear,
+        "opaque linear": Linear,
+        "Embedding": Embedding,
+        "Conv1d": Conv1d,
+        "Conv2d": Conv2d,
+        "Conv3d": Conv3d,
+    }
     default_role = "attention"
     prefix = "lora_"
-
-    @classmethod
-    def make_layer(cls, base_layer: nn.Module, config: Any) -> LoraLayer:
-        innermost = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
-        kind = kind_of(innermost)
-        return LAYERS.get(kind.name if kind else "", Linear)(base_layer)
 
     def add_weighted_adapter(
         self,
