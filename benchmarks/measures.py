@@ -140,13 +140,13 @@ def _training_of(
     for number in range(plan.repeats):
         say(f"{shape.name}: round {number + 1} of {plan.repeats}")
         for subject in everything[1:]:
-            for worker in in_order(pair, number):
-                if not is_measured(subject, worker.side):
-                    continue
+            having = [worker for worker in in_order(pair, number) if is_measured(subject, worker.side)]
+            for worker in having:
                 # The bound anew for each subject: a machine's speed drifts within a round.
                 bounds, values = _seconds(worker, FROZEN), _seconds(worker, subject)
                 for measure, bound in bounds.items():
-                    rows[FROZEN, measure].add(worker.side.name, bound, bound)
+                    if len(having) == len(pair):  # what stands at one place of both lists was measured together
+                        rows[FROZEN, measure].add(worker.side.name, bound, bound)
                     rows[subject, measure].add(worker.side.name, values[measure], bound)
     yield from rows.values()
 
