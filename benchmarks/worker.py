@@ -191,8 +191,8 @@ class Worker:
             return False
         for row in (0, adapters - 1):
             model.set_adapter(self._names[row])
-            # Alone, prompts give their virtual tokens' outputs too, in front; in a mixed batch there are none.
-            if not torch.allclose(together[row], self._batch()[row, -layout.tokens :], atol=1e-3):
+            # Prompts give the outputs of their virtual tokens too, in front; in a mixed batch ours do not.
+            if not torch.allclose(together[row, -layout.tokens :], self._batch()[row, -layout.tokens :], atol=1e-3):
                 return False
         return True
 
