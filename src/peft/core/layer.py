@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..kernels.recompute import Memo
 from . import merging
 from .blocks import Attachment
 from .errors import PeftError, doubt
@@ -96,6 +97,7 @@ class AdapterLayer(BaseTunerLayer):
         self.out_features, self.in_features = kind.features(self.get_base_layer())
         self.matrix_shape = kind.shape(self.get_base_layer())
         self.cast_input_dtype_enabled = True
+        self.memo = Memo()
         self._first: dict[str, AdapterLayer] = {}
         for slot in self.linear_slots + self.vector_slots:
             setattr(self, slot, nn.ModuleDict())

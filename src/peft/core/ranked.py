@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..kernels.low_rank import add_low_rank
-from ..kernels.recompute import Memo
 from .layer import AdapterLayer
 
 
@@ -21,7 +20,6 @@ class ScaledLayer(AdapterLayer):
         self.r: dict[str, int] = {}
         self.scaling: dict[str, Any] = {}  # numbers, or tensors of one where compiled code is to read them
         self._start_scaling: dict[str, float] = {}
-        self._memo = Memo()
 
     @staticmethod
     def rank_and_alpha(config: Any, target: str, alpha: float) -> tuple[int, float]:
@@ -60,7 +58,7 @@ class ScaledLayer(AdapterLayer):
             rate: Probability of dropping an element of ``x``, for layers that are plain matrix products.
         """
         if self.kind.is_matrix_product and y is not None:
-            return add_low_rank(y, x, inner, outer, scale, rate, self._memo)
+            return add_low_rank(y, x, inner, outer, scale, rate, self.memo)
         base = self.get_base_layer()
         product = self.kind.mix(base, self.kind.product(base, x, inner), outer) * scale
         return product if y is None else y + product

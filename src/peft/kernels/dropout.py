@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 
 _LEVELS = 1 << 16
+# Odd numbers of 64 bits, as signed ones: the golden ratio, and multipliers of Stafford's mixing functions.
+_STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
 def draw_seed() -> int:
@@ -30,12 +32,27 @@ def keep_mask(shape: Sequence[int], device: torch.device, rate: float, seed: int
     Returns:
         An int8 tensor, 1 where an element is kept and 0 where it is dropped. (Multiplying by int8 is faster than by bool.)
     """
-    generator = torch.Generator(device).manual_seed(seed)
     count = math.prod(shape)
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
-    words.random_(-(2**63), None, generator=generator)
-    keep = words.view(torch.int16)[:count] >= round(rate * _LEVELS) - _LEVELS // 2
-    return keep.view(torch.int8).view(shape)
+    dropped = round(rate * _LEVELS)
+    if dropped in (0, _LEVELS):  # the numbers below would leave 16 bits
+        return torch.full(tuple(shape), int(dropped == 0), dtype=torch.int8, device=device)
+    # The lowest number that is kept, and the one below it: clamping between them is many times faster than a comparison.
+    lowest = dropped - _LEVELS // 2
+    lanes = _words((count + 3) // 4, device, seed).view(torch.int16)
+    return lanes[:count].clamp_(lowest - 1, lowest).sub_(lowest - 1).to(torch.int8).view(tuple(shape))
+
+
+def _words(count: int, device: torch.device, seed: int) -> torch.Tensor:
+    """Random 64-bit words, (count,)."""
+    if device.type != "cpu":
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    # torch's generator draws one number after the other. A counter that is mixed until no bit tells it any more (SplitMix64,
+    # Steele et al. 2014) is drawn in parallel. Shifts copy the sign here, so that the last step has to be a product.
+    words = torch.arange(count, dtype=torch.int64).mul_(_STEP).add_(seed * 2 - 2**63)
+    for factor in (_FIRST, _SECOND):
+        words.bitwise_xor_(words >> 30).mul_(factor)
+    return words
 
 
 def kept_share(rate: float) -> float:

@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from .low_rank import narrow
+from .reweighted import Rule, Tensors
+from .workspace import workspace
+
 
 def hadamard_reference(w1_a: torch.Tensor, w1_b: torch.Tensor, w2_a: torch.Tensor, w2_b: torch.Tensor) -> torch.Tensor:
     """``(w1_a w1_b) ⊙ (w2_a w2_b)``, as written; see :func:`hadamard`."""
@@ -23,9 +27,14 @@ class _Hadamard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
-        grad_1, grad_2 = grad * (w2_a @ w2_b), grad * (w1_a @ w1_b)
-        return grad_1 @ w1_b.mT, w1_a.mT @ grad_1, grad_2 @ w2_b.mT, w2_a.mT @ grad_2
+        return _dense_gradients(grad, *ctx.saved_tensors)
+
+
+def _dense_gradients(
+    grad: torch.Tensor, w1_a: torch.Tensor, w1_b: torch.Tensor, w2_a: torch.Tensor, w2_b: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    grad_1, grad_2 = grad * (w2_a @ w2_b), grad * (w1_a @ w1_b)
+    return grad_1 @ w1_b.mT, w1_a.mT @ grad_1, grad_2 @ w2_b.mT, w2_a.mT @ grad_2
 
 
 def hadamard(w1_a: torch.Tensor, w1_b: torch.Tensor, w2_a: torch.Tensor, w2_b: torch.Tensor) -> torch.Tensor:
@@ -68,6 +77,60 @@ def khatri_rao_factors(
     inner = (w1_b.unsqueeze(1) * w2_b.unsqueeze(0)).flatten(0, 1)
     outer = (w1_a.unsqueeze(2) * w2_a.unsqueeze(1)).flatten(1)
     return inner, outer
+
+
+class Hadamard(Rule):
+    """``W' = W + scale · (w1_a w1_b) ⊙ (w2_a w2_b)``, of the four factors of :func:`hadamard`.
+
+    The gradients go through the factors of :func:`khatri_rao_factors`, four products of width r², or, where r² is no small number,
+    through ``gradᵀ x``.
+
+    Args:
+        scale: Factor of the product.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    @staticmethod
+    def pays(tokens: int, rows: int, columns: int, r: int) -> bool:
+        """Whether building W', twice a step, costs less than two products of width r² with all tokens.
+
+        Args:
+            tokens: How many vectors the weight is applied to.
+            rows: Of the weight.
+            columns: Of the weight.
+            r: Rank of the two products.
+        """
+        passes = (
+            20  # what reading and writing an element costs next to a multiplication in a product, all passes together
+        )
+        return tokens * r * r * (rows + columns) >= 2 * rows * columns * (2 * r + passes)
+
+    def change(self, weight: torch.Tensor, factors: Tensors, notes: Tensors | None) -> tuple[torch.Tensor, Tensors]:
+        w1_a, w1_b, w2_a, w2_b = factors
+        first = torch.mm(w1_a, w1_b, out=workspace(1, weight))
+        second = torch.mm(w2_a, w2_b, out=workspace(2, weight))
+        out = workspace(0, weight)
+        return torch.addcmul(weight, first, second, value=self.scale, out=out), ()
+
+    def gradients(
+        self, grad: torch.Tensor, x: torch.Tensor, factors: Tensors, notes: Tensors, y: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        w1_a, w1_b, w2_a, w2_b = factors
+        r, (tokens, rows), columns = w1_b.shape[0], grad.shape, x.shape[1]
+        if 2 * tokens * r * r * (rows + columns) > (tokens + 4 * r) * rows * columns:
+            return _dense_gradients(grad.t() @ x * self.scale, *factors)
+        inner, outer = khatri_rao_factors(*factors)
+        # Of both Khatri–Rao factors, (r of the first, r of the second, columns or rows).
+        grad_inner = (narrow((outer * self.scale).t(), grad) @ x).unflatten(0, (r, r))
+        grad_outer = (narrow(inner, x) @ grad).unflatten(0, (r, r))
+        return (
+            (grad_outer * w2_a.t()).sum(1).t() * self.scale,
+            (grad_inner * w2_b).sum(1),
+            (grad_outer * w1_a.t().unsqueeze(1)).sum(0).t() * self.scale,
+            (grad_inner * w1_b.unsqueeze(1)).sum(0),
+        )
 
 
 def factors_are_cheaper(tokens: int, rows: int, columns: int, r: int) -> bool:

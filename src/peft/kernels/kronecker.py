@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from . import recompute
-from .modes import autocast, by_hand
+from .modes import autocast, by_hand, without_autocast
 from .recompute import Memo
+from .reweighted import Rule, Tensors, may_reweight, reweighted_linear
+from .workspace import workspace
 
 
 def add_kronecker_reference(
@@ -52,7 +54,7 @@ def add_kronecker(
     if not by_hand(x, w1, inner, outer):
         return _accumulate(y, _shape(x, w1, outer), _mixed(x, w1, inner), outer, scale)
     x, w1, inner, outer = autocast(x, w1, inner, outer)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return _Kronecker.apply(x, y, None, None, w1, inner, outer, scale, memo)
 
 
@@ -68,7 +70,8 @@ def kronecker_linear(
 ) -> torch.Tensor:
     """A linear layer together with its update: ``x Wᵀ + bias + scale · (w1 ⊗ w2) x``.
 
-    As :func:`add_kronecker` after ``F.linear``, but both products accumulate in place, forward and backward.
+    As :func:`add_kronecker` after ``F.linear``, but both products accumulate in place, forward and backward. For many tokens, in
+    float32, the sum of the weights is built instead (:func:`~peft.kernels.reweighted.reweighted_linear`).
 
     Args:
         x: (…, columns).
@@ -83,10 +86,14 @@ def kronecker_linear(
     Returns:
         (…, rows).
     """
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if 2 * tokens >= sum(weight.shape) and may_reweight(x, weight, (w1, inner, outer)):
+        factors = (w1, outer) if inner is None else (w1, outer, inner)
+        return reweighted_linear(Kronecker(scale), x, weight, bias, factors, memo)
     if not by_hand(x, w1, inner, outer) or weight.requires_grad or weight.dtype != w1.dtype:
         return add_kronecker(F.linear(x, weight, bias), x, w1, inner, outer, scale, memo)
     x, weight, bias, w1, inner, outer = autocast(x, weight, bias, w1, inner, outer)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return _Kronecker.apply(x, None, weight, bias, w1, inner, outer, scale, memo)
 
 
@@ -118,49 +125,99 @@ class _Kronecker(torch.autograd.Function):
         (grad,) = grads
         kept, weight, w1, inner, outer = ctx.saved_tensors
         x = recompute.from_kept(ctx, kept)
-        needs_x, needs_y, _, needs_bias, needs_w1, needs_inner, needs_outer, *_ = ctx.needs_input_grad
+        needs_x, needs_y, _, needs_bias, *needed = ctx.needs_input_grad[:7]
         flat = grad.reshape(-1, grad.shape[-1])
         low = flat if flat.dtype == outer.dtype else flat.to(outer.dtype)
-        low = low.reshape(-1, outer.shape[0])  # (tokens · blocks out, m)
-        g = (low @ (outer * ctx.scale)).view(len(flat), len(w1), outer.shape[1])
-        grad_x = grad_w1 = grad_inner = grad_outer = None
-        if needs_outer:
-            grad_outer = low.mT @ _mixed(x, w1, inner) * ctx.scale
-        if needs_w1:
-            grad_w1 = torch.tensordot(g, _read(x, w1, inner), ([0, 2], [0, 2]))
-        if needs_x or needs_inner:
-            back = _mix(g, w1.mT).flatten(0, 1)  # (tokens · blocks in, k)
-            if needs_inner:
-                grad_inner = back.mT @ _blocks(x, w1).flatten(0, 1)
-            if needs_x:
-                grad_x = _input_gradient(flat, weight, back, inner).view(ctx.shape)
-        grad_bias = flat.sum(0) if needs_bias else None
-        return grad_x, grad if needs_y else None, None, grad_bias, grad_w1, grad_inner, grad_outer, None, None
+        g = _written(low, outer, ctx.scale)
+        grad_x = grad_bias = None
+        factors: list[torch.Tensor | None] = [None] * 3
+        if any(needed):
+            factors = _gradients(low, g, x, w1, inner, outer, ctx.scale)
+        if needs_x:
+            grad_x = _input_gradient(flat, weight, _mix(g, w1.t()).t(), inner).reshape(ctx.shape)
+        if needs_bias:
+            grad_bias = flat.sum(0)
+        return grad_x, grad if needs_y else None, None, grad_bias, *factors, None, None
+
+
+class Kronecker(Rule):
+    """``W' = W + scale · w1 ⊗ (outer inner)``, of the factors ``w1``, ``outer`` and, where there is one, ``inner``.
+
+    The Kronecker product itself is never there: its elements are made as they are added.
+
+    Args:
+        scale: Factor of the product.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def change(self, weight: torch.Tensor, factors: Tensors, notes: Tensors | None) -> tuple[torch.Tensor, Tensors]:
+        w1, outer, *inner = factors
+        w2 = outer @ inner[0] if inner else outer
+        first, second = w1[:, None, :, None], w2[None, :, None, :]
+        blocks = weight.unflatten(0, (len(w1), -1)).unflatten(2, (w1.shape[1], -1))
+        out = workspace(0, weight)
+        if out is None:
+            return torch.addcmul(blocks, first, second, value=self.scale).view(weight.shape), ()
+        torch.addcmul(blocks, first, second, value=self.scale, out=out.view(blocks.shape))
+        return out, ()
+
+    def gradients(
+        self, grad: torch.Tensor, x: torch.Tensor, factors: Tensors, notes: Tensors, y: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        w1, outer, *rest = factors
+        inner = rest[0] if rest else None
+        g = _written(grad, outer, self.scale)
+        grad_w1, grad_inner, grad_outer = _gradients(grad, g, x, w1, inner, outer, self.scale)
+        return [grad_w1, grad_outer] if inner is None else [grad_w1, grad_outer, grad_inner]
+
+
+# Between the products vectors lie as (k, tokens · blocks): mixing blocks is then one product without a copy, and each product with a
+# large operand reads it row by row.
 
 
 def _blocks(x: torch.Tensor, w1: torch.Tensor) -> torch.Tensor:
-    """The input as (tokens, blocks in, n)."""
-    tokens = x.shape[:-1].numel()
-    return x.reshape(tokens, w1.shape[1], x.shape[-1] // w1.shape[1])
+    """The input as (tokens · blocks in, n)."""
+    return x.reshape(-1, x.shape[-1] // w1.shape[1])
+
+
+def _read(x: torch.Tensor, w1: torch.Tensor, inner: torch.Tensor | None) -> torch.Tensor:
+    """What ``w1`` is applied to: (k, tokens · blocks in)."""
+    blocks = _blocks(x, w1).t()
+    return blocks if inner is None else inner @ blocks
 
 
 def _mix(t: torch.Tensor, w1: torch.Tensor) -> torch.Tensor:
-    """Combine the blocks of each vector: (tokens, blocks in, k) becomes (tokens, blocks out, k)."""
-    tokens, blocks_in, k = t.shape
-    # As one product of matrices: what torch does with a batch of them depends on requires_grad.
-    mixed = t.transpose(1, 2).reshape(-1, blocks_in) @ w1.mT
-    return mixed.view(tokens, k, len(w1)).transpose(1, 2)
+    """Combine the blocks of each vector: (k, tokens · blocks in) becomes (k, tokens · blocks out)."""
+    return (t.reshape(-1, w1.shape[1]) @ w1.t()).view(len(t), -1)
 
 
 def _mixed(x: torch.Tensor, w1: torch.Tensor, inner: torch.Tensor | None) -> torch.Tensor:
     """What ``outer`` is applied to: (tokens · blocks out, k)."""
-    return _mix(_read(x, w1, inner), w1).flatten(0, 1)
+    return _mix(_read(x, w1, inner), w1).t()
 
 
-def _read(x: torch.Tensor, w1: torch.Tensor, inner: torch.Tensor | None) -> torch.Tensor:
-    """What ``w1`` is applied to: (tokens, blocks in, k)."""
-    blocks = _blocks(x, w1)
-    return blocks if inner is None else (blocks.flatten(0, 1) @ inner.mT).view(*blocks.shape[:2], len(inner))
+def _written(grad: torch.Tensor, outer: torch.Tensor, scale: float) -> torch.Tensor:
+    """The gradient of what ``outer`` is applied to, times the scale: (k, tokens · blocks out)."""
+    return (outer * scale).t() @ grad.reshape(-1, len(outer)).t()
+
+
+def _gradients(
+    grad: torch.Tensor,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    inner: torch.Tensor | None,
+    outer: torch.Tensor,
+    scale: float,
+) -> list[Any]:
+    """Gradients of ``w1``, ``inner`` and ``outer``; ``g`` is what :func:`_written` gives."""
+    read = _read(x, w1, inner)
+    grad_w1 = g.reshape(-1, len(w1)).t() @ read.reshape(-1, w1.shape[1])
+    grad_inner = None if inner is None else _mix(g, w1.t()) @ _blocks(x, w1)
+    grad_outer = (_mix(read, w1) @ grad.reshape(-1, len(outer))).t() * scale
+    return [grad_w1, grad_inner, grad_outer]
 
 
 def _shape(x: torch.Tensor, w1: torch.Tensor, outer: torch.Tensor) -> tuple[int, ...]:

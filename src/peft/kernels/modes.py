@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -18,7 +19,19 @@ def by_hand(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
         and any(t is not None and t.requires_grad for t in (x, *others))
         and x.dim() > 1
         and x.numel() >= FEW
-        and not torch.compiler.is_compiling()
+        and unobserved()
+    )
+
+
+def no_graph() -> bool:
+    """Whether results may be changed in place: no graph is recorded, and nothing wants to look inside."""
+    return not torch.is_grad_enabled() and unobserved()
+
+
+def unobserved() -> bool:
+    """Whether operations are simply carried out: not compiled, traced, transformed or differentiated forward."""
+    return (
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
@@ -32,3 +45,11 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
         return [x, *others]
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others)]
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast is off; entering torch's own costs as much as a small product, so only where it is on."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .modes import without_autocast
+
 _enabled = os.environ.get("PEFT_RECOMPUTE", "1") != "0"
 _MOST_OPERATIONS = 3
 _KEY = "peft_recomputed"
@@ -57,6 +59,11 @@ def recompute_inputs(enabled: bool = True) -> Iterator[None]:
         _enabled = before
 
 
+def is_enabled() -> bool:
+    """Whether kernels may leave out of what they save what can be had another way."""
+    return _enabled
+
+
 @dataclass(frozen=True)
 class Way:
     """How an activation is computed again.
@@ -75,13 +82,18 @@ class Way:
 
 
 class Memo:
-    """What a layer has learnt about the producers of its input: by the names of their operations the way that was verified, or
-    ``None`` where it was refuted."""
+    """What a layer has learnt about its surroundings.
 
-    __slots__ = ("ways",)
+    Attributes:
+        ways: By the names of the operations that made its input the way that was verified, or ``None`` where it was refuted.
+        output_stays: Whether what follows leaves the layer's output as it is; ``None``: not known yet.
+    """
+
+    __slots__ = ("output_stays", "ways")
 
     def __init__(self) -> None:
         self.ways: dict[tuple[str, ...], Way | None] = {}
+        self.output_stays: bool | None = None
 
     def __reduce__(self) -> Any:  # a copy, or another process, starts anew
         return Memo, ()
@@ -133,6 +145,32 @@ def to_keep(ctx: Any, x: torch.Tensor, memo: Memo | None, needed: bool) -> torch
 def from_kept(ctx: Any, x: torch.Tensor | None) -> Any:
     """The first input in the backward pass, from what :func:`to_keep` gave; ``None`` where it was not needed."""
     return x if ctx.way is None else recompute(ctx.next_functions[0][0], ctx.way)
+
+
+def output_to_keep(ctx: Any, y: torch.Tensor, memo: Memo | None, needed: bool) -> torch.Tensor | None:
+    """What a kernel's forward pass is to save of its own output: itself, which costs nothing where a later operation keeps it too,
+    or a copy as long as it may be changed in place afterwards.
+
+    Args:
+        ctx: Of the autograd function; :func:`watch_output` belongs into its backward pass.
+        y: The output.
+        memo: The memo of the layer; ``None``: keep a copy in any case.
+        needed: Whether the backward pass reads it at all.
+    """
+    ctx.watched = None
+    if not needed:
+        return None
+    if memo is not None and memo.output_stays is None:
+        ctx.watched = memo, y.detach(), y._version  # the copy tells of changes to y, and lives for this one step
+    return y if memo is not None and memo.output_stays else y.clone()
+
+
+def watch_output(ctx: Any) -> None:
+    """Note in the backward pass whether the output was changed since the forward pass."""
+    if ctx.watched is not None:
+        memo, y, version = ctx.watched
+        memo.output_stays = y._version == version
+        ctx.watched = None
 
 
 def recompute(node: torch.autograd.graph.Node, way: Way) -> torch.Tensor:
@@ -323,7 +361,7 @@ def _rebuild(node: Any, eps: float | None) -> torch.Tensor:
     def rebuild(node: Any) -> torch.Tensor:
         return _RULES[node.name()][0](node, rebuild, eps)
 
-    with torch.autocast(node._input_metadata[0].device.type, enabled=False):
+    with without_autocast(node._input_metadata[0].device.type):
         return rebuild(node)
 
 

@@ -16,7 +16,6 @@ from ...core.layer import AdapterLayer
 from ...core.targets import resolve_defaults
 from ...core.tuner import BaseTuner
 from ...kernels.linear import linear
-from ...kernels.recompute import Memo
 from .config import DEFAULT_REDUCTION, activation, positive
 from .places import PLACES
 
@@ -68,7 +67,6 @@ class BottleneckLayer(AdapterLayer):
         self.bottleneck_shape: dict[str, Shape] = {}
         self.bottleneck_act = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        self._memo = Memo()
 
     # -- how an adapter is made --------------------------------------------------------------------------------------
 
@@ -188,7 +186,7 @@ class BottleneckLayer(AdapterLayer):
         z = self.cast_input(z, down.dtype)
         if name in self.bottleneck_norm_before:
             z = F.layer_norm(z, z.shape[-1:], *self.bottleneck_norm_before[name])
-        hidden = self.bottleneck_act[name](linear(z, down, self.bottleneck_down_bias[name], self._memo))
+        hidden = self.bottleneck_act[name](linear(z, down, self.bottleneck_down_bias[name], self.memo))
         if shape.dropout and self.training:
             hidden = F.dropout(hidden, shape.dropout)
         out = F.linear(hidden, up, self.bottleneck_up_bias[name])

@@ -16,6 +16,7 @@ from ...core.combining import Combination, Share, combine
 from ...core.layer import AdapterLayer, Parts
 from ...core.targets import match, resolve_defaults
 from ...core.tuner import BaseTuner
+from ...kernels.scaling import scaled_linear
 
 
 @dataclass
@@ -113,6 +114,10 @@ class IA3Layer(AdapterLayer):
 
     def after(self, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()) -> torch.Tensor:
         return y if self.feedforward[name] else y * self.scale(name)
+
+    def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        scale, of_input = self.ia3_l[name].flatten(), self.feedforward[name]
+        return scaled_linear(x, weight, bias, scale, self.memo, of_input=of_input)
 
     def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
         assert weight is not None

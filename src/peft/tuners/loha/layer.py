@@ -12,8 +12,9 @@ from torch import nn
 from ...config import PeftType, WeightConfig
 from ...core.ranked import DroppingLayer
 from ...core.tuner import BaseTuner
-from ...kernels.hadamard import factors_are_cheaper, hadamard, khatri_rao_factors
+from ...kernels.hadamard import Hadamard, factors_are_cheaper, hadamard, khatri_rao_factors
 from ...kernels.low_rank import low_rank_linear
+from ...kernels.reweighted import may_reweight, reweighted_linear
 from ...kernels.tucker import core_size, tucker
 
 
@@ -110,9 +111,16 @@ class LoHaLayer(DroppingLayer):
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         factors = self.factors(name)
-        if self.drops(name) or not x.dtype == weight.dtype == factors[0].dtype or not self._factors_pay(name, x):
+        if self.drops(name) or x.dtype != weight.dtype or x.dtype != factors[0].dtype:
             return None
-        return low_rank_linear(x, weight, bias, *khatri_rao_factors(*factors), self.scaling[name], memo=self._memo)
+        tokens = x.numel() // max(x.shape[-1], 1)
+        if Hadamard.pays(tokens, self.out_features, self.in_features, self.r[name]) and may_reweight(
+            x, weight, factors
+        ):
+            return reweighted_linear(Hadamard(self.scaling[name]), x, weight, bias, factors, self.memo)
+        if not self._factors_pay(name, x):
+            return None
+        return low_rank_linear(x, weight, bias, *khatri_rao_factors(*factors), self.scaling[name], memo=self.memo)
 
     def _factors_pay(self, name: str, x: torch.Tensor) -> bool:
         """Whether it is cheaper to apply the update than to build ΔW for this input."""

@@ -141,7 +141,7 @@ class LoKrLayer(DroppingLayer):
     def add(self, name: str, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         w1, inner, outer = self.factors(name)
         if self.kind.is_matrix_product:
-            return add_kronecker(y, self.cast_input(x, w1.dtype), w1, inner, outer, self.scaling[name], self._memo)
+            return add_kronecker(y, self.cast_input(x, w1.dtype), w1, inner, outer, self.scaling[name], self.memo)
         if self.kind.takes_indices or self.get_base_layer().groups > 1:
             return super().add(name, x, y)
         product = self._convolved(self.cast_input(x, w1.dtype), w1, inner, outer) * self.scaling[name]
@@ -151,7 +151,7 @@ class LoKrLayer(DroppingLayer):
         w1, inner, outer = self.factors(name)
         if self.drops(name) or not x.dtype == weight.dtype == w1.dtype:
             return None
-        return kronecker_linear(x, weight, bias, w1, inner, outer, self.scaling[name], self._memo)
+        return kronecker_linear(x, weight, bias, w1, inner, outer, self.scaling[name], self.memo)
 
     def _convolved(
         self, x: torch.Tensor, w1: torch.Tensor, inner: torch.Tensor | None, outer: torch.Tensor

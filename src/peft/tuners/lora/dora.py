@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...core.kinds import has_plain_weight
+from ...kernels.magnitude import Magnitude
+from ...kernels.reweighted import may_reweight, reweighted_linear
 from .variants import Plain
 
 if TYPE_CHECKING:
@@ -68,6 +70,19 @@ class Dora(Plain):
         if bias is None:
             return y * kind.channels(base, scale)
         return torch.addcmul(kind.channels(base, bias * (1 - scale)), y, kind.channels(base, scale))
+
+    def whole(
+        self, layer: LoraLayer, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        a, b, scale = layer.scaled_factors(name)
+        magnitude = layer.lora_magnitude_vector[name].weight.flatten()
+        dropped, rate = layer.dropout_of(name, x)
+        # The kernel divides by the magnitudes, and looking for zeros among them is free on the CPU alone.
+        if rate > 0 or dropped is not x or x.device.type != "cpu" or not bool(magnitude.detach().all()):
+            return None
+        if not may_reweight(x, weight, (a, b, magnitude)):
+            return None
+        return reweighted_linear(Magnitude(scale), x, weight, bias, (a, b, magnitude), layer.memo)
 
     def scale(self, layer: LoraLayer, name: str, norms: torch.Tensor) -> torch.Tensor:
         """m / ‖V‖, shape (out_features,)."""

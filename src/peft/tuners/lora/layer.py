@@ -12,7 +12,6 @@ from torch import nn
 from ...core.kinds import has_plain_weight
 from ...core.ranked import ScaledLayer
 from ...kernels.combining import pad_to
-from ...kernels.low_rank import low_rank_linear
 from .dora import DORA
 from .starts import as_plain, decompose, orthogonal, reads_weight
 from .variants import PLAIN, Plain
@@ -139,7 +138,7 @@ class LoraLayer(ScaledLayer):
         a, b, scale = self.scaled_factors(name)
         x, rate = self.cast_input(x, a.dtype), 0.0
         if self.kind.is_matrix_product:
-            x, rate = self._dropout(name, x)
+            x, rate = self.dropout_of(name, x)
         elif not self.kind.takes_indices:
             x = self.lora_dropout[name](x)
         y = self.add_factors(x, y, a, b, scale, rate)
@@ -147,15 +146,9 @@ class LoraLayer(ScaledLayer):
         return y if bias is None else y + self.kind.channels(self.get_base_layer(), bias)
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-        if self.variant(name) is not PLAIN or self.lora_bias[name]:
-            return None
-        a, b, scale = self.scaled_factors(name)
-        if not (x.dtype == weight.dtype == a.dtype == b.dtype):
-            return None
-        dropped, rate = self._dropout(name, x)
-        return low_rank_linear(x, weight, bias, a, b, scale, rate, self._memo) if dropped is x else None
+        return None if self.lora_bias[name] else self.variant(name).whole(self, name, x, weight, bias)
 
-    def _dropout(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def dropout_of(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         """The adapter's input and the rate at which the kernel is to drop it; a user's own module is applied here."""
         dropout = self.lora_dropout[name]
         if type(dropout) is nn.Identity:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...kernels.low_rank import low_rank_linear
+
 if TYPE_CHECKING:
     from .layer import LoraLayer
 
@@ -46,6 +48,16 @@ class Plain:
     ) -> torch.Tensor:
         """The layer's output with the adapter applied; see :meth:`~peft.core.layer.AdapterLayer.after`."""
         return layer.add_change(name, x, y)
+
+    def whole(
+        self, layer: LoraLayer, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The output of a plain linear layer in one go; see :meth:`~peft.core.layer.AdapterLayer.whole`."""
+        a, b, scale = layer.scaled_factors(name)
+        if not (x.dtype == weight.dtype == a.dtype == b.dtype):
+            return None
+        dropped, rate = layer.dropout_of(name, x)
+        return low_rank_linear(x, weight, bias, a, b, scale, rate, layer.memo) if dropped is x else None
 
 
 PLAIN = Plain()

@@ -1,0 +1,39 @@
+"""Memory that kernels use again and again on the CPU, for results that are dead when the next kernel begins."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+_LARGEST = 1 << 24
+"""Bytes. Larger results are allocated as usual: what is kept for good stays small next to a model."""
+_buffers = threading.local()
+
+
+def workspace(slot: int, like: torch.Tensor) -> torch.Tensor | None:
+    """An uninitialised tensor for ``out=``, in the layout of another one; valid until the next call with this slot in the same thread.
+
+    A new tensor's pages come from the system cold, which on the CPU costs more than the arithmetic on a small matrix.
+
+    Args:
+        slot: Which buffer.
+        like: A tensor of its shape, dtype and device. Where it is a transposed matrix the result is one too: products with it are then
+            the same bit for bit.
+
+    Returns:
+        The tensor, or ``None`` where a graph is recorded, which would refer to it later.
+    """
+    if torch.is_grad_enabled():
+        return None
+    size = like.numel()
+    if like.device.type != "cpu" or not 0 < size * like.element_size() <= _LARGEST:
+        return torch.empty_like(like)
+    key = f"{slot} {like.dtype}"
+    buffer = getattr(_buffers, key, None)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):  # an inference tensor could not be written to later
+            buffer = torch.empty(size, dtype=like.dtype)
+        setattr(_buffers, key, buffer)
+    part = buffer[:size]
+    return part.view(like.mT.shape).mT if like.dim() == 2 and like.mT.is_contiguous() else part.view(like.shape)
