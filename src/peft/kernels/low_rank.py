@@ -51,10 +51,13 @@ def add_low_rank(
 
     Saved for backward: ``drop(x) aᵀ``, shape (…, r), and ``x`` unless it can be recomputed; neither ``y`` nor the product.
     """
-    if not by_hand(x, a, b):
+    plain = rate == 0 and no_graph(x, y, a, b)
+    if not plain and not by_hand(x, a, b):
         return _accumulate(y, F.linear(F.dropout(x, rate) if rate > 0 else x, a), b, scale)
     x, a, b = autocast(x, a, b)
     with without_autocast(x.device.type):
+        if plain:
+            return _accumulate(y, narrow(a, x).t(), b, scale)
         return _LowRank.apply(x, y, None, None, a, b, scale, rate, memo)
 
 
@@ -90,13 +93,13 @@ def low_rank_linear(
     tokens = x.numel() // max(x.shape[-1], 1)
     if rate == 0 and 2 * tokens >= sum(weight.shape) and may_reweight(x, weight, (a, b)):
         return reweighted_linear(LowRank(scale), x, weight, bias, (a, b), memo)
-    if no_graph():
-        t = F.linear(F.dropout(x, rate) if rate > 0 else x, a)
-        return _accumulate(F.linear(x, weight, bias), t, b, scale, in_place=True)
-    if not by_hand(x, a, b) or weight.requires_grad or weight.dtype != a.dtype:
+    plain = rate == 0 and no_graph(x, weight, bias, a, b)
+    if weight.dtype != a.dtype or (not plain and (weight.requires_grad or not by_hand(x, a, b))):
         return add_low_rank(F.linear(x, weight, bias), x, a, b, scale, rate, memo)
     x, weight, bias, a, b = autocast(x, weight, bias, a, b)
     with without_autocast(x.device.type):
+        if plain:
+            return _accumulate(F.linear(x, weight, bias), narrow(a, x).t(), b, scale, in_place=True)
         return _LowRank.apply(x, None, weight, bias, a, b, scale, rate, memo)
 
 

@@ -12,20 +12,31 @@ FEW = int(os.environ.get("PEFT_KERNELS_FROM", 2**16))
 """Inputs of fewer elements take the plain operations: what the hand-written form saves is less than what its calls from Python cost."""
 
 
-def by_hand(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether a hand-written backward pass is wanted: one is needed, and nothing wants to look inside."""
-    return (
-        torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, *others))
-        and x.dim() > 1
-        and x.numel() >= FEW
-        and unobserved()
-    )
+def by_hand(x: torch.Tensor, *others: torch.Tensor | None, few: bool = False) -> bool:
+    """Whether a hand-written backward pass is wanted: one is needed, and nothing wants to look inside.
+
+    Args:
+        x: A kernel's input.
+        *others: Its other operands.
+        few: For inputs of few elements too.
+    """
+    return _needs_graph(x, *others) and _is_large(x, few) and unobserved()
 
 
-def no_graph() -> bool:
-    """Whether results may be changed in place: no graph is recorded, and nothing wants to look inside."""
-    return not torch.is_grad_enabled() and unobserved()
+def no_graph(x: torch.Tensor, *others: torch.Tensor | None, few: bool = False) -> bool:
+    """Whether results may be changed in place: no graph is recorded, and nothing wants to look inside; see :func:`by_hand`.
+
+    Small inputs take the plain operations here too: then what is computed is the same bit for bit, with a graph and without.
+    """
+    return not _needs_graph(x, *others) and _is_large(x, few) and unobserved()
+
+
+def _needs_graph(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_large(x: torch.Tensor, few: bool) -> bool:
+    return x.dim() > 1 and (few or x.numel() >= FEW)
 
 
 def unobserved() -> bool:

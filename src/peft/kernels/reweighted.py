@@ -50,11 +50,19 @@ class Rule:
         raise NotImplementedError
 
 
-def may_reweight(x: torch.Tensor, weight: torch.Tensor, factors: Sequence[torch.Tensor | None]) -> bool:
+def may_reweight(
+    x: torch.Tensor, weight: torch.Tensor, factors: Sequence[torch.Tensor | None], *, few: bool = False
+) -> bool:
     """Whether :func:`reweighted_linear` may be used here.
 
     Not in half precision, where the sum of weight and update would lose small updates, and not where autograd or a compiler
     looks inside: the gradient of a weight built by plain operations is a matrix of the weight's size.
+
+    Args:
+        x: The layer's input.
+        weight: Its weight.
+        factors: The method's parameters.
+        few: For inputs of few elements too.
     """
     return (
         x.dtype == weight.dtype
@@ -62,7 +70,7 @@ def may_reweight(x: torch.Tensor, weight: torch.Tensor, factors: Sequence[torch.
         and all(f is None or f.dtype == x.dtype for f in factors)
         and not weight.requires_grad
         and not torch.is_autocast_enabled(x.device.type)
-        and (no_graph() or by_hand(x, *factors))
+        and (no_graph(x, *factors, few=few) or by_hand(x, *factors, few=few))
     )
 
 
@@ -92,7 +100,7 @@ def reweighted_linear(
 
     Saved for backward: weight and factors, the rule's notes, and ``x`` unless it can be recomputed; for rules that read it the output.
     """
-    if not torch.is_grad_enabled():
+    if no_graph(x, bias, *factors, few=True):
         return F.linear(x, rule.change(weight, tuple(factors), None)[0], bias)
     return _Reweighted.apply(rule, x, weight, bias, memo, *factors)
 

@@ -44,7 +44,7 @@ def scaled_linear(
     device = x.device.type
     if weight.requires_grad or x.dtype != weight.dtype or x.dim() < 2 or torch.is_autocast_enabled(device):
         return None
-    if no_graph():
+    if no_graph(x, bias, scale):
         if of_input:
             return F.linear((x * scale).to(x.dtype), weight, bias)
         return F.linear(x, weight, bias).mul_(scale)

@@ -80,7 +80,7 @@ class Dora(Plain):
         # The kernel divides by the magnitudes, and looking for zeros among them is free on the CPU alone.
         if rate > 0 or dropped is not x or x.device.type != "cpu" or not bool(magnitude.detach().all()):
             return None
-        if not may_reweight(x, weight, (a, b, magnitude)):
+        if not may_reweight(x, weight, (a, b, magnitude), few=True):
             return None
         return reweighted_linear(Magnitude(scale), x, weight, bias, (a, b, magnitude), layer.memo)
 
