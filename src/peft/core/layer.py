@@ -20,7 +20,7 @@ from .blocks import Attachment
 from .errors import PeftError, doubt
 from .holder import BaseTunerLayer
 from .kinds import LayerKind, Vector, kind_of
-from .mixed import by_rows
+from .mixed import Groups, by_rows
 from .sharding import is_dtensor
 
 HALF = (torch.float16, torch.bfloat16)
@@ -188,6 +188,19 @@ class AdapterLayer(BaseTunerLayer):
         """
         return None
 
+    def after_groups(self, groups: Groups, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+        """Change the output of a mixed batch without a graph, all adapters at once.
+
+        Args:
+            groups: Which rows belong to which adapter. Some may not be on this layer.
+            x: The layer's input, (rows, …, in_features).
+            y: Its output.
+
+        Returns:
+            The changed output, or ``None`` for going through :meth:`after`, one adapter after the other.
+        """
+        return None
+
     def after_tied(
         self, layer: AdapterLayer, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()
     ) -> torch.Tensor:
@@ -254,6 +267,10 @@ class AdapterLayer(BaseTunerLayer):
     def _adapted_by_rows(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         plan = self._shared.plan
         assert plan is not None
+        if not torch.is_grad_enabled():  # with a graph each adapter's own kernel keeps less
+            groups = plan.groups(x, self._where())
+            if groups is not None and (out := self.after_groups(groups, x, y)) is not None:
+                return out if out.dtype == y.dtype else out.to(y.dtype)
 
         def changed(name: str, rows: torch.Tensor | None) -> torch.Tensor:
             y_part = y if rows is None else y.index_select(0, rows)

@@ -22,6 +22,56 @@ class Shared:
         self.plan: MixedPlan | None = None
 
 
+class Groups:
+    """The rows of a layer's input, sorted by adapter into groups of equal size, so that all adapters act in one product.
+
+    Args:
+        rows: Row numbers of each adapter.
+        total: Number of all rows.
+        device: Where they are.
+    """
+
+    def __init__(self, rows: Mapping[str, torch.Tensor], total: int, device: torch.device) -> None:
+        self.names = tuple(rows)
+        self.size = max(len(index) for index in rows.values())
+        self.is_even = len(rows) * self.size <= 2 * total
+        """Whether filling smaller groups up costs less than twice the rows."""
+        padded = torch.zeros(len(rows), self.size, dtype=torch.long, device=device)
+        place = torch.empty(total, dtype=torch.long, device=device)
+        for number, index in enumerate(rows.values()):
+            padded[number, : len(index)] = index
+            place[index] = torch.arange(len(index), device=device) + number * self.size
+        self.padded, self.place = padded.flatten(), place
+        self.notes: dict[Any, Any] = {}
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows, (rows, …, features), as (groups, size · positions, features)."""
+        return x.index_select(0, self.padded).reshape(len(self.names), -1, x.shape[-1])
+
+    def join(self, parts: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The inverse: (groups, size · positions, features) as rows of this shape."""
+        return parts.reshape(len(self.names) * self.size, *shape[1:]).index_select(0, self.place)
+
+    def spread(self, values: torch.Tensor, names: Sequence[str], filling: float = 0.0) -> torch.Tensor:
+        """What some adapters have, (adapters, …), as (groups, …) with a filling for the other groups."""
+        if len(names) == len(self.names):
+            return values
+        known = [self.names.index(name) for name in names]
+        spread = values.new_full((len(self.names), *values.shape[1:]), filling)
+        return spread.index_copy_(0, torch.tensor(known, device=values.device), values)
+
+    def of_rows(self, values: torch.Tensor, dims: int) -> torch.Tensor:
+        """For each row what its group has, (groups, features), shaped to broadcast against rows of so many dimensions."""
+        chosen = values.index_select(0, self.place // self.size)
+        return chosen.view(chosen.shape[0], *(1,) * (dims - 2), chosen.shape[-1])
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What a layer makes of its adapters, kept as long as the plan: one call of the model, or all those of one generation."""
+        if key not in self.notes:
+            self.notes[key] = make()
+        return self.notes[key]
+
+
 class MixedPlan:
     """Which rows of a batch go through which adapter.
 
@@ -37,8 +87,24 @@ class MixedPlan:
         for row, name in enumerate(self.names):
             self._rows.setdefault(name, []).append(row)
         self._index: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = {}
+        self._groups: dict[tuple[int, torch.device], Groups] = {}
         self.notes: dict[Any, torch.Tensor] = {}
         """What layers work out once for a plan."""
+
+    def groups(self, x: torch.Tensor, where: str) -> Groups | None:
+        """Rows sorted into groups of equal size, or ``None`` where there is one adapter, or groups are too uneven.
+
+        Args:
+            x: The input, as for :meth:`rows`.
+            where: What asks, for the message.
+        """
+        rows = self.rows(x, where)
+        if len(rows) == 1:
+            return None
+        key = (x.shape[0], x.device)
+        if key not in self._groups:
+            self._groups[key] = Groups(rows, x.shape[0], x.device)
+        return self._groups[key] if self._groups[key].is_even else None
 
     def rows(self, x: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
         """Row numbers of each adapter in a layer's input.
@@ -125,11 +191,12 @@ def batch_size_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 def planned(model: nn.Module, shared: Shared, plan: MixedPlan) -> Iterator[None]:
     """Within this context the adapted layers of ``model`` follow the plan.
 
-    Checkpointed blocks run again during backward, after the context has ended, so their function is bound to the plan.
+    Checkpointed blocks run again during backward, after the context has ended, so their function is bound to the plan. Without a
+    graph nothing runs again.
     """
     before = shared.plan
     bound: list[tuple[nn.Module, Any]] = []
-    for module in model.modules():
+    for module in model.modules() if torch.is_grad_enabled() else ():
         function = module.__dict__.get("_gradient_checkpointing_func")
         if function is not None and getattr(module, "gradient_checkpointing", False):
             bound.append((module, function))

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.combining import pad_to
 from ..kernels.low_rank import add_low_rank
 from .layer import AdapterLayer
+from .mixed import Groups
 
 
 class ScaledLayer(AdapterLayer):
@@ -62,6 +64,51 @@ class ScaledLayer(AdapterLayer):
         base = self.get_base_layer()
         product = self.kind.mix(base, self.kind.product(base, x, inner), outer) * scale
         return product if y is None else y + product
+
+    def stack(self, names: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
+        """Parameters of several adapters side by side, (adapters, …), for mixed batches without a graph.
+
+        Args:
+            names: The adapters, all on this layer.
+
+        Returns:
+            What :meth:`apply_stack` takes. An adapter of zeros has to do nothing. ``None``: one adapter after the other is to be applied.
+        """
+        return None
+
+    def apply_stack(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
+        """The updates of several adapters, each of its own inputs. This form takes factors of low-rank products.
+
+        Args:
+            stack: What :meth:`stack` gave: inner factors, (adapters, n, in_features), and outer ones, (adapters, out_features, n).
+            x: (adapters, vectors, in_features).
+
+        Returns:
+            (adapters, vectors, out_features).
+        """
+        inner, outer = stack
+        return torch.bmm(torch.bmm(x, inner.mT), outer.mT)
+
+    def present(self, groups: Groups) -> list[str]:
+        """Those adapters of a mixed batch that are on this layer."""
+        return groups.once((self, "present"), lambda: [name for name in groups.names if self.has_adapter(name)])
+
+    def stacked(self, groups: Groups) -> tuple[torch.Tensor, ...] | None:
+        """What :meth:`stack` gives, for all groups of a mixed batch: zeros for adapters that are not here."""
+
+        def stack() -> tuple[torch.Tensor, ...] | None:
+            names = self.present(groups)
+            found = self.stack(names) if self.kind.is_matrix_product else None
+            return None if found is None else tuple(groups.spread(t, names) for t in found)
+
+        return groups.once(self, stack)
+
+    def after_groups(self, groups: Groups, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+        stacked = self.stacked(groups)
+        if stacked is None:
+            return None
+        parts = groups.split(self.cast_input(x, stacked[0].dtype))
+        return y + groups.join(self.apply_stack(stacked, parts), y.shape)
 
     # -- scaling at run time ---------------------------------------------------------------------------------------
 
@@ -171,3 +218,16 @@ class DroppingLayer(ScaledLayer):
         base = self.get_base_layer()
         rows = self.kind.to_matrix(base, delta) * self._kept_features(adapter_name, delta)[:, None]
         return self.kind.from_matrix(base, rows)
+
+
+def side_by_side(factors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Factors of several adapters as one tensor, (adapters, …), smaller ones filled up with zeros in one of their dimensions.
+
+    Args:
+        factors: Equal in all dimensions but one.
+        dim: Which.
+    """
+    longest = max(f.shape[dim] for f in factors)
+    if any(f.shape[dim] < longest for f in factors):
+        factors = [pad_to(f, [longest if d == dim else n for d, n in enumerate(f.shape)]) for f in factors]
+    return torch.stack(list(factors))

@@ -97,6 +97,22 @@ def kronecker_linear(
         return _Kronecker.apply(x, None, weight, bias, w1, inner, outer, scale, memo)
 
 
+def kronecker_stacked(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    """Several Kronecker products, each with a few vectors of its own: ``(w1 ⊗ w2) x``.
+
+    Args:
+        x: (products, vectors, blocks in · n).
+        w1: (products, blocks out, blocks in).
+        w2: (products, m, n).
+
+    Returns:
+        (products, vectors, blocks out · m).
+    """
+    products, vectors, _ = x.shape
+    read = torch.bmm(x.reshape(products, -1, w2.shape[2]), w2.mT).view(products, vectors, w1.shape[2], -1)
+    return torch.matmul(w1.unsqueeze(1), read).reshape(products, vectors, -1)
+
+
 class _Kronecker(torch.autograd.Function):
     """Both forms: ``y`` is given, or made from ``weight`` and ``bias``."""
 

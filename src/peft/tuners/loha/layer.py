@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from ...config import PeftType, WeightConfig
 from ...core.ranked import DroppingLayer
 from ...core.tuner import BaseTuner
-from ...kernels.hadamard import Hadamard, factors_are_cheaper, hadamard, khatri_rao_factors
+from ...kernels.hadamard import Hadamard, factors_are_cheaper, hadamard, hadamard_stacked, khatri_rao_factors
 from ...kernels.low_rank import low_rank_linear
 from ...kernels.reweighted import may_reweight, reweighted_linear
 from ...kernels.tucker import core_size, tucker
@@ -121,6 +122,17 @@ class LoHaLayer(DroppingLayer):
         if not self._factors_pay(name, x):
             return None
         return low_rank_linear(x, weight, bias, *khatri_rao_factors(*factors), self.scaling[name], memo=self.memo)
+
+    def stack(self, names: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
+        if any(self.drops(name) for name in names) or len({self.r[name] for name in names}) > 1:
+            return None
+        w1_a, *others = (torch.stack(factors) for factors in zip(*map(self.factors, names), strict=True))
+        return w1_a * w1_a.new_tensor([self.scaling[name] for name in names])[:, None, None], *others
+
+    def apply_stack(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] <= stack[0].shape[2]:
+            return hadamard_stacked(x, *stack)
+        return super().apply_stack(khatri_rao_factors(*stack), x)
 
     def _factors_pay(self, name: str, x: torch.Tensor) -> bool:
         """Whether it is cheaper to apply the update than to build ΔW for this input."""

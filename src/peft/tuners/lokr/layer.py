@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import nn
 from ...config import PeftType, WeightConfig
 from ...core.ranked import DroppingLayer
 from ...core.tuner import BaseTuner
-from ...kernels.kronecker import add_kronecker, kronecker_linear
+from ...kernels.kronecker import add_kronecker, kronecker_linear, kronecker_stacked
 from ...kernels.tucker import core_size, tucker
 
 
@@ -152,6 +153,19 @@ class LoKrLayer(DroppingLayer):
         if self.drops(name) or not x.dtype == weight.dtype == w1.dtype:
             return None
         return kronecker_linear(x, weight, bias, w1, inner, outer, self.scaling[name], self.memo)
+
+    def stack(self, names: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
+        if any(self.drops(name) for name in names):
+            return None
+        factors = [self.factors(name) for name in names]
+        if len({(w1.shape, len(outer)) for w1, _, outer in factors}) > 1:
+            return None
+        w1 = torch.stack([w1 for w1, *_ in factors])
+        w2 = torch.stack([outer if inner is None else outer @ inner for _, inner, outer in factors])
+        return w1 * w1.new_tensor([self.scaling[name] for name in names])[:, None, None], w2
+
+    def apply_stack(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
+        return kronecker_stacked(x, *stack)
 
     def _convolved(
         self, x: torch.Tensor, w1: torch.Tensor, inner: torch.Tensor | None, outer: torch.Tensor

@@ -13,6 +13,7 @@ from ...kernels.reweighted import may_reweight, reweighted_linear
 from .variants import Plain
 
 if TYPE_CHECKING:
+    from ...core.mixed import Groups
     from .layer import LoraLayer
 
 SLOT = "lora_magnitude_vector"
@@ -83,6 +84,35 @@ class Dora(Plain):
         if not may_reweight(x, weight, (a, b, magnitude), few=True):
             return None
         return reweighted_linear(Magnitude(scale), x, weight, bias, (a, b, magnitude), layer.memo)
+
+    def scale_groups(self, layer: LoraLayer, groups: Groups, names: set[str], y: torch.Tensor) -> torch.Tensor:
+        """The output of a mixed batch, scaled in the rows of these adapters.
+
+        Args:
+            layer: The layer.
+            groups: Which rows belong to which adapter.
+            names: The adapters with magnitudes.
+            y: The output with all low-rank changes added, (rows, …, out_features).
+        """
+
+        def scales() -> torch.Tensor:
+            # ‖W + B A‖² = ‖W‖² + 2 W · B A + ‖B A‖², row by row, without a matrix of the weight's size for each adapter.
+            weight, factors = layer.matrix(()), layer.stacked(groups)
+            assert factors is not None
+            inner, outer = factors
+            weight = weight.to(inner.dtype)
+            cross = ((inner.flatten(0, 1) @ weight.t()).view(*inner.shape[:2], -1) * outer.mT).sum(1)
+            square = ((outer @ (inner @ inner.mT)) * outer).sum(2)
+            norms = (torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * cross + square).clamp_min(0).sqrt()
+            mine = [number for number, name in enumerate(groups.names) if name in names]
+            magnitudes = torch.stack([layer.lora_magnitude_vector[groups.names[n]].weight.flatten() for n in mine])
+            return torch.ones_like(norms).index_copy_(
+                0, norms.new_tensor(mine, dtype=torch.long), magnitudes / norms[mine]
+            )
+
+        scale = groups.of_rows(groups.once((layer, "scale"), scales), y.dim())
+        bias = layer.offset(())
+        return y * scale if bias is None else torch.addcmul(bias * (1 - scale), y, scale)
 
     def scale(self, layer: LoraLayer, name: str, norms: torch.Tensor) -> torch.Tensor:
         """m / ‖V‖, shape (out_features,)."""

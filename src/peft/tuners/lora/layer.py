@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ...core.kinds import has_plain_weight
-from ...core.ranked import ScaledLayer
+from ...core.mixed import Groups
+from ...core.ranked import ScaledLayer, side_by_side
 from ...kernels.combining import pad_to
 from .dora import DORA
 from .starts import as_plain, decompose, orthogonal, reads_weight
@@ -148,6 +149,21 @@ class LoraLayer(ScaledLayer):
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         return None if self.lora_bias[name] else self.variant(name).whole(self, name, x, weight, bias)
 
+    def stack(self, names: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
+        if self.training and any(type(self.lora_dropout[name]) is not nn.Identity for name in names):
+            return None
+        inner, outer, scales = zip(*(self.scaled_factors(name) for name in names), strict=True)
+        stacked = side_by_side(outer, 1)
+        return side_by_side(inner, 0), stacked.mul_(stacked.new_tensor(scales)[:, None, None])
+
+    def after_groups(self, groups: Groups, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+        names = self.present(groups)
+        if any(self.lora_bias[name] for name in names):
+            return None
+        changed = super().after_groups(groups, x, y)
+        magnified = {name for name in names if self.use_dora[name]}
+        return DORA.scale_groups(self, groups, magnified, changed) if magnified and changed is not None else changed
+
     def dropout_of(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         """The adapter's input and the rate at which the kernel is to drop it; a user's own module is applied here."""
         dropout = self.lora_dropout[name]
@@ -171,7 +187,8 @@ class LoraLayer(ScaledLayer):
     def _own_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         if self.kind.takes_indices:
             return self.lora_embedding_A[name], self.lora_embedding_B[name]
-        return self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return (a, b) if a.dim() == 2 else (a.flatten(1), b.flatten(1))
 
     def scaled_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A, B and the factor of their product; a scale kept as a tensor (see :meth:`make_room`) is in B already."""
