@@ -109,17 +109,17 @@ class BaseTunerLayer(nn.Module):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         trained = set() if inference_mode else set(names)
         # Over the dictionaries below the modules' own look-ups: this visits every adapter of every layer.
+        modules: dict[str, Any] = self._modules
         for slot in self.adapter_layer_names:
-            holder = self._modules[slot]
-            assert holder is not None
+            holder = modules[slot]
             for name, parameter in holder._parameters.items():
-                _set_flag(parameter, name in trained)
-            for name, module in holder._modules.items():
-                assert module is not None
-                parameters = module.parameters() if module._modules else module._parameters.values()
-                for parameter in parameters:
+                if parameter.requires_grad is not (name in trained):
                     _set_flag(parameter, name in trained)
-        self._active_adapter = names
+            for name, module in holder._modules.items():
+                for parameter in module.parameters() if module._modules else module._parameters.values():
+                    if parameter is not None and parameter.requires_grad is not (name in trained):
+                        _set_flag(parameter, name in trained)
+        self.__dict__["_active_adapter"] = names
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the layer on (its active adapters become trainable) or off (the plain base layer, all frozen)."""
@@ -258,7 +258,7 @@ def adapted_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, B
                 stack.append((f"{name}.base_layer" if name else "base_layer", base))
             continue
         for child_name, child in reversed(module._modules.items()):
-            if child is not None:
+            if child is not None and (child._modules or isinstance(child, BaseTunerLayer)):
                 stack.append((f"{name}.{child_name}" if name else child_name, child))
 
 

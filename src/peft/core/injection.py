@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .collecting import no_collection
 from .errors import NoMatchingPeftModuleError, PeftError, did_you_mean, doubt, shorten
 from .extra_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, find_modules_to_save, fit_head, is_fresh
 from .holder import BaseTunerLayer, adapted_modules, shared_of
@@ -52,6 +53,7 @@ class Placed:
     source: str | None = None
 
 
+@no_collection()
 def inject(
     model: nn.Module,
     config: Any,

@@ -219,14 +219,18 @@ class AdapterLayer(BaseTunerLayer):
         names = self.live_adapters()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if len(names) == 1 and not args and not kwargs and not torch.compiler.is_compiling():
-            operands = self.kind.operands(self.base_layer)
-            if operands is not None and (y := self.whole(names[0], x, *operands)) is not None:
-                return y
+        if len(names) == 1 and not args and not kwargs and (y := self._in_one_go(names[0], x)) is not None:
+            return y
         base_input = x
         for name in names:
             base_input = self.before(name, base_input)
         return self.adapted(x, self.base_layer(base_input, *args, **kwargs))
+
+    def _in_one_go(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        if torch.compiler.is_compiling():
+            return None
+        operands = self.kind.operands(self.base_layer)
+        return None if operands is None else self.whole(name, x, *operands)
 
     def adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The output of the base layer, changed by the live adapters, or by that of each row in a mixed batch.
@@ -253,6 +257,8 @@ class AdapterLayer(BaseTunerLayer):
         if not any(self.has_adapter(name) for name in plan.names):
             return self.base_layer(x, *args, **kwargs)
         self.kind.check_rows(self.get_base_layer(), x)
+        if plan.only is not None and not args and not kwargs and (y := self._in_one_go(plan.only, x)) is not None:
+            return y
         if x.shape[0] == 1 and len(plan.names) > 1:  # one row for the whole batch, such as positions
             x = x.expand(len(plan.names), *x.shape[1:])
 

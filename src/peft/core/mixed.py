@@ -91,6 +91,11 @@ class MixedPlan:
         self.notes: dict[Any, torch.Tensor] = {}
         """What layers work out once for a plan."""
 
+    @property
+    def only(self) -> str | None:
+        """The adapter of all rows, where they have the same."""
+        return self.names[0] if len(self._rows) == 1 else None
+
     def groups(self, x: torch.Tensor, where: str) -> Groups | None:
         """Rows sorted into groups of equal size, or ``None`` where there is one adapter, or groups are too uneven.
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core.layer import AdapterLayer
+from ...core.mixed import Groups
 from ...core.targets import resolve_defaults
 from ...core.tuner import BaseTuner
 from ...kernels.linear import linear
@@ -204,21 +205,78 @@ class BottleneckLayer(AdapterLayer):
         """W_down, shape (dim, width), and W_up, shape (out_features, dim), of an adapter."""
         if name in self.bottleneck_down:
             return self.bottleneck_down[name].weight, self.bottleneck_up[name].weight
-        rules: Any = (
-            self.bottleneck_phm_rule[name]
-            if name in self.bottleneck_phm_rule
-            else (self.shared("bottleneck_phm_shared_rule", name),) * 2
-        )
-        return self._phm("down", name, rules[0]), self._phm("up", name, rules[1])
+        return phm(*self._phm_factors("down", name)), phm(*self._phm_factors("up", name))
 
-    def _phm(self, way: str, name: str, rule: torch.Tensor) -> torch.Tensor:
-        """The transpose of ``sum_i A_i ⊗ B_i`` (Karimi Mahabadi et al. 2021, eq. 5 and 6)."""
-        factor = getattr(self, f"bottleneck_phm_{way}_left")[name]
+    def _phm_factors(self, way: str, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The A_i of an adapter, and its B_i or the factors of these."""
+        left = getattr(self, f"bottleneck_phm_{way}_left")[name]
+        if name in self.bottleneck_phm_rule:
+            rule = self.bottleneck_phm_rule[name][0 if way == "down" else 1]
+        else:
+            rule = self.shared("bottleneck_phm_shared_rule", name).to(left.device)
         right = getattr(self, f"bottleneck_phm_{way}_right")
-        if name in right:
-            factor = factor @ right[name]
-        n, rows, columns = factor.shape
-        return torch.einsum("ipq,irc->qcpr", rule.to(factor.device), factor).reshape(n * columns, n * rows)
+        return rule, left, right.get(name)
+
+    # -- mixed batches without a graph -------------------------------------------------------------------------------
+
+    def after_groups(self, groups: Groups, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+        names = groups.once((self, "present"), lambda: [name for name in groups.names if self.has_adapter(name)])
+        alike = groups.once((self, "alike"), lambda: len({self._form(name) for name in names}) == 1)
+        if not alike or (self.training and self.bottleneck_shape[names[0]].dropout):
+            return None
+        down, down_bias, up, up_bias = groups.once(self, lambda: self._stack(groups, names))
+        z = self.attachment.read(names[0], x) if self.bottleneck_shape[names[0]].beside else y
+        z = groups.split(self.cast_input(z, down.dtype))
+        hidden = self.bottleneck_act[names[0]](torch.baddbmm(down_bias.unsqueeze(1), z, down.mT))
+        return y + groups.join(torch.baddbmm(up_bias.unsqueeze(1), hidden, up.mT), y.shape)
+
+    def _form(self, name: str) -> Any:
+        """Adapters with the same form differ in the values of their projections and scales alone; an object of its own for one that
+        has more than these."""
+        shape, slots = self.bottleneck_shape[name], ("norm_before", "norm_after", "gate")
+        if shape.again or any(name in getattr(self, f"bottleneck_{slot}") for slot in slots):
+            return object()
+        act = self.bottleneck_act[name]
+        phm = tuple(name in getattr(self, f"bottleneck_phm_{slot}") for slot in ("rule", "down_right", "up_right"))
+        return shape, type(act), act.extra_repr(), self.attachment.sources.get(name), phm
+
+    def _stack(self, groups: Groups, names: Sequence[str]) -> list[torch.Tensor]:
+        """Both projections of several adapters with their biases, (groups, …), those of W_up scaled; zeros for absent adapters."""
+        if names[0] in self.bottleneck_down:
+            down = torch.stack([self.bottleneck_down[name].weight for name in names])
+            up = torch.stack([self.bottleneck_up[name].weight for name in names])
+        else:
+            factors = ([self._phm_factors(way, name) for name in names] for way in ("down", "up"))
+            down, up = (_side_by_side(f) for f in factors)
+        scales = up.new_tensor([self.scaling[name] for name in names])[:, None]
+        if self.bottleneck_scale:
+            ones = up.new_ones(1)
+            scales = scales * torch.stack([dict(self.bottleneck_scale.items()).get(name, ones) for name in names])
+        down_bias, up_bias = (
+            torch.stack([slot[name] for name in names]) for slot in (self.bottleneck_down_bias, self.bottleneck_up_bias)
+        )
+        stack = (down, down_bias, up * scales.unsqueeze(2), up_bias * scales)
+        return [groups.spread(tensor, names) for tensor in stack]
+
+
+def _side_by_side(factors: Sequence[Any]) -> torch.Tensor:
+    rule, left, right = zip(*factors, strict=True)
+    return phm(torch.stack(rule), torch.stack(left), None if right[0] is None else torch.stack(right))
+
+
+def phm(rule: torch.Tensor, left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
+    """The transpose of ``sum_i A_i ⊗ B_i`` (Karimi Mahabadi et al. 2021, arXiv 2106.04647, eq. 5 and 6).
+
+    Args:
+        rule: The A_i, (…, n, n, n), with any dimensions in front, for several sums at once.
+        left: The B_i, (…, n, rows / n, columns / n), or their left factors.
+        right: The right factors of the B_i, if they have factors.
+
+    Returns:
+        (…, columns, rows).
+    """
+    b = left if right is None else left @ right
+    return torch.einsum("...ipq,...irc->...qcpr", rule, b).flatten(-2).flatten(-3, -2)
 
 
 def _last_factor(tensors: dict[str, torch.Tensor]) -> str:

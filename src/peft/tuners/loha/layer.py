@@ -126,7 +126,8 @@ class LoHaLayer(DroppingLayer):
     def stack(self, names: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
         if any(self.drops(name) for name in names) or len({self.r[name] for name in names}) > 1:
             return None
-        w1_a, *others = (torch.stack(factors) for factors in zip(*map(self.factors, names), strict=True))
+        slots = (getattr(self, slot) for slot in self.parameter_slots[:4])
+        w1_a, *others = (torch.stack([slot[name] for name in names]) for slot in slots)
         return w1_a * w1_a.new_tensor([self.scaling[name] for name in names])[:, None, None], *others
 
     def apply_stack(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
