@@ -12,6 +12,7 @@ from benchmarks.methods import (
     DROPOUT,
     FROZEN,
     FULL,
+    LOADED,
     LONG,
     METHODS,
     MIXED,
@@ -28,6 +29,7 @@ from benchmarks.report import GROWTH, Row
 from benchmarks.sides import Side, WorkerProcess, workers
 
 Say = Callable[[str], None]
+MERGED = "forward, merged"
 BASE_IMPORT = "import torch, transformers"
 IMPORTS = ("import peft", "from peft import LoraConfig, PeftModel, get_peft_model")
 
@@ -103,6 +105,19 @@ def growth(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
                 yield from _grown(row, fixed, "tokens of a row", [shape.tokens])
         for row in _training_of(BERT, [], RANKED, pair, few, say):
             yield from _grown(row, RANKED, "rank", RANKS)
+        for worker in pair:
+            worker.ask("clear")
+            worker.ask("open_deep")
+        loads = {count: Row(GROWTH, f"load_adapter, {count} loaded", "s") for count in LOADED}
+        for number in range(1, LOADED[-1] + 1):
+            say(f"load {number} of {LOADED[-1]}")
+            for worker in in_order(pair, number):
+                seconds = worker.ask("load", number=number)
+                # Three loads in a row are one point, since a single one is too short to time well.
+                if (row := next((r for n, r in loads.items() if n - 3 < number <= n), None)) is not None:
+                    row.add(worker.side.name, seconds)
+        for count, row in loads.items():
+            yield replace(row, details={"axis": "adapters loaded", "place": count, "drawn": "load_adapter"})
 
 
 def _grown(row: Row, methods: Sequence[Method], axis: str, places: Sequence[int]) -> Iterator[Row]:
@@ -117,10 +132,11 @@ def _grown(row: Row, methods: Sequence[Method], axis: str, places: Sequence[int]
 def _training_of(
     shape: Shape, others: Sequence[str], methods: Sequence[Method], pair: Sequence[WorkerProcess], plan: Plan, say: Say
 ) -> Iterator[Row]:
-    measures = {"step": "s", "step with optimizer": "s", "forward": "s", "bytes saved": "bytes"}
+    measures = {"step": "s", "step with optimizer": "s", "forward": "s", MERGED: "s", "bytes saved": "bytes"}
     everything = [FROZEN, *others, *(method.name for method in methods)]
+    name = shape.name + _options_in_words(plan.options)
     rows = {
-        (subject, measure): Row(shape.name, f"{subject}: {measure}", unit, FROZEN)
+        (subject, measure): Row(name, f"{subject}: {measure}", unit, FROZEN)
         for subject in everything
         for measure, unit in measures.items()
     }
@@ -144,11 +160,29 @@ def _training_of(
             for worker in having:
                 # The bound anew for each subject: a machine's speed drifts within a round.
                 bounds, values = _seconds(worker, FROZEN), _seconds(worker, subject)
+                if (merged := worker.ask("merged", method=subject)) is not None:
+                    rows[subject, MERGED].add(worker.side.name, merged, bounds["forward"])
                 for measure, bound in bounds.items():
                     if len(having) == len(pair):  # what stands at one place of both lists was measured together
                         rows[FROZEN, measure].add(worker.side.name, bound, bound)
                     rows[subject, measure].add(worker.side.name, values[measure], bound)
-    yield from rows.values()
+    yield from (row for row in rows.values() if row.ours or row.peer)
+
+
+def _options_in_words(options: dict[str, Any]) -> str:
+    dtype = options.get("dtype", "float32")
+    words = ([] if dtype == "float32" else [dtype]) + ["checkpointed"] * options.get("checkpointing", False)
+    return "".join(f", {word}" for word in words)
+
+
+def variants(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
+    """The training measures in half precision, and with gradient checkpointing, which the peer's prompts refuse."""
+    few = replace(plan, repeats=max(1, plan.repeats // 3))
+    methods = [method for method in plan.methods if method.variants]
+    with workers(*sides) as pair:
+        for options in ({"dtype": "bfloat16"}, {"checkpointing": True}):
+            for shape in plan.shapes:
+                yield from _training_of(shape, [], methods, pair, replace(few, options=options), say)
 
 
 def _seconds(worker: WorkerProcess, subject: str) -> dict[str, float]:
@@ -261,6 +295,7 @@ def mixed(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
 
 SECTIONS: dict[str, Callable[[Plan, Sequence[Side], Say], Iterator[Row]]] = {
     "training": training,
+    "variants": variants,
     "real": real,
     "peak": peak,
     "operations": operations,
@@ -301,7 +336,7 @@ def make_plan(
     if not sections:
         sections = ["training", "peak"] if shapes or methods else list(SECTIONS)
         if quick:  # peaks need a process of their own each, and the rest grows with the number of methods
-            sections = [name for name in sections if name not in ("real", "peak", "mixed", "growth")]
+            sections = [name for name in sections if name not in ("variants", "real", "peak", "mixed", "growth")]
     return Plan(
         shapes=shapes or SHAPES,
         methods=methods or [method for method in METHODS if method.quick or not quick],

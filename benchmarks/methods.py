@@ -87,6 +87,7 @@ DEEP_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 # How the cost grows: one long row of tokens, so that the length alone changes; and ranks at the usual length.
 LENGTHS = (32, 128, 512, 1024)
 RANKS = (4, 16, 64, 256)
+LOADED = (4, 15, 30, 60)
 LONG = tuple(replace(BERT, name=f"BERT-like 6×384, batch 1×{length}", batch=1, tokens=length) for length in LENGTHS)
 
 # Mixed batches: 64 rows, each with an adapter of its own choice, of one token (decoding) or of 32 (prefill).
@@ -128,12 +129,14 @@ class Method:
         config: Makes its config. Called with the module `peft` (ours or the peer's: the API is one) and the shape.
         quick: Whether the quick form measures it too.
         ours_only: Whether the peer does not have it: it is compared with the bound alone then.
+        variants: Whether it is measured in half precision and with gradient checkpointing too.
     """
 
     name: str
     config: Callable[[Any, Shape], Any]
     quick: bool = False
     ours_only: bool = False
+    variants: bool = False
 
 
 def _lora(all_linear: bool = False, **fields: Any) -> Callable[[Any, Shape], Any]:
@@ -174,12 +177,12 @@ def _bottleneck(placement: str, **options: Any) -> Callable[[Any, Shape], Any]:
 METHODS = (
     Method("LoRA r8", _lora(), quick=True),
     Method("LoRA r8" + DROPOUT, _lora(lora_dropout=0.1), quick=True),
-    Method("LoRA r8 all-linear", _lora(all_linear=True)),
-    Method("LoRA r8 all-linear" + DROPOUT, _lora(all_linear=True, lora_dropout=0.1)),
-    Method("DoRA r8 all-linear", _lora(all_linear=True, use_dora=True)),
-    Method("LoHa r8 all-linear", _all_linear("LoHaConfig", r=8, alpha=8)),
-    Method("LoKr r8 all-linear", _all_linear("LoKrConfig", r=8, alpha=8)),
-    Method("IA³", _ia3),
+    Method("LoRA r8 all-linear", _lora(all_linear=True), variants=True),
+    Method("LoRA r8 all-linear" + DROPOUT, _lora(all_linear=True, lora_dropout=0.1), variants=True),
+    Method("DoRA r8 all-linear", _lora(all_linear=True, use_dora=True), variants=True),
+    Method("LoHa r8 all-linear", _all_linear("LoHaConfig", r=8, alpha=8), variants=True),
+    Method("LoKr r8 all-linear", _all_linear("LoKrConfig", r=8, alpha=8), variants=True),
+    Method("IA³", _ia3, variants=True),
     Method("Pfeiffer adapters 1/16", _bottleneck("pfeiffer"), ours_only=True),
     Method("Houlsby adapters 1/16", _bottleneck("houlsby"), ours_only=True),
     Method("Parallel adapters 1/16", _bottleneck("parallel", scaling=4.0), ours_only=True),

@@ -39,9 +39,7 @@ class Side:
             python: Its interpreter.
             threads: Threads of every process started on it.
         """
-        # Waiting threads that sleep instead of spin: beside another busy program, spinning makes steps several times longer.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"}
-        environment |= {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or name == "ours"}
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or name == "ours"}
         environment |= {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),

@@ -114,6 +114,16 @@ class Subject:
         self.model.train()
         return seconds
 
+    def merged(self) -> float | None:
+        """Seconds of the same with the adapter merged, or `None` where there is nothing to merge."""
+        try:
+            self.model.merge_adapter()
+        except (AttributeError, ValueError, NotImplementedError):
+            return None
+        seconds = self.forward()
+        self.model.unmerge_adapter()
+        return seconds
+
     def saved(self) -> dict[str, int]:
         """Bytes that the loss's graph keeps for backward, weights and the loss's own projection apart, by node."""
         return dict(saved_by_node(self.loss(), [*self.model.parameters(), self.probe]))
@@ -145,6 +155,9 @@ class Worker:
 
     def forward(self, method: str) -> float:
         return self._subjects[method].forward()
+
+    def merged(self, method: str) -> float | None:
+        return self._subjects[method].merged()
 
     def saved(self, method: str) -> dict[str, int]:
         return self._subjects[method].saved()
