@@ -199,6 +199,15 @@ VIRTUAL = (
 )  # fmt: skip
 
 
+# A change of a shared weight is one pair of factors here. In the peer it is two pairs of parameters that share memory: each gets a
+# part of the gradient, and merging adds both. It also writes the modules that follow into the configuration.
+TIED = (
+    "wrapping", "counts", "printed", "initial values", "layer status", "model status", "layer attributes", "state",
+    "flags after activating", "model unloaded", "unloaded", "config values", "loading to train", "loaded layer status", "loaded state",
+    "gradients",
+)  # fmt: skip
+
+
 def virtual(name: str, method: str, base: str, task: str, more_here: tuple[str, ...] = (), **values: Any) -> Case:
     """A case with virtual tokens."""
     adapter = Adapter({"num_virtual_tokens": 5, **values}, method=method, noise=0.5)
@@ -444,6 +453,22 @@ CASES: tuple[Case, ...] = (
     Case("llama-classifier", "llama-classifier", (lora(),), "SEQ_CLS"),
     Case("llama-tied", "llama-tied", (lora(),), "CAUSAL_LM"),
     Case("llama-tied-embedding-saved", "llama-tied", (lora(modules_to_save=["embed_tokens"]),), "CAUSAL_LM"),
+    Case(
+        "llama-tied-embedding-adapted",
+        "llama-tied",
+        (lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),),
+        "CAUSAL_LM",
+        generate=True,
+        merge=False,
+        more_here=TIED,
+    ),
+    Case(
+        "llama-tied-both-saved",
+        "llama-tied",
+        (lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),),
+        "CAUSAL_LM",
+        more_here=("config values",),
+    ),
     Case(
         "llama-bfloat16",
         "llama",
