@@ -557,6 +557,23 @@ CASES: tuple[Case, ...] = (
         "convs",
         (lora(target_modules=["line", "head"], init_lora_weights="gaussian", rank_pattern={"head": 3}),),
     ),
+    Case("convs-dora", "convs", (lora(target_modules=["line", "plane", "space"], use_dora=True),)),
+    Case("convs-loha", "convs", (loha(target_modules=["line", "plane", "head"], r=3),)),
+    Case(
+        "convs-loha-effective",
+        "convs",
+        (loha(target_modules=["line", "plane"], r=3, use_effective_conv2d=True),),
+        more_here=("gradients",),  # the peer's of w1_a and w2_a are not those of its own outputs
+    ),
+    Case("convs-lokr", "convs", (lokr(target_modules=["line", "plane", "head"], r=2),)),
+    Case(
+        "convs-lokr-effective",
+        "convs",
+        (lokr(target_modules=["line", "plane"], r=2, use_effective_conv2d=True),),
+    ),
+    Case(
+        "convs-ia3", "convs", (ia3(target_modules=["plane", "space", "head"], feedforward_modules=["plane", "head"]),)
+    ),
     Case("convs-groups", "convs-groups", (lora(target_modules=["line", "plane", "space"]),), merge=False),
     Case("inject-convs", "convs", (lora(target_modules=["line", "plane"]),), inject=True),
     # Copies of a layer share its weight: merging into it is refused here, and the peer's is off. unload() gives the model its
