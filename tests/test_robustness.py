@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import random
 import resource
 import subprocess
@@ -264,6 +265,70 @@ def test_a_load_that_fails_leaves_layers_heads_flags_and_configurations(tmp_path
         with pytest.raises(ValueError, match="lacks"):
             model.load_adapter(tmp_path, name, strict=True, is_trainable=True)
         assert_same(model, dict(before))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PEFT_TEST_BOMB"],)
+
+
+def configured(**changes):
+    return lambda folder: (folder / CONFIG).write_text(
+        json.dumps({**json.loads((folder / CONFIG).read_text()), **changes})
+    )
+
+
+def retyped(change):
+    return lambda folder: save_file({k: change(v) for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+
+
+def pickled(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+BROKEN = {
+    "cut short": lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]),
+    "empty": lambda folder: (folder / WEIGHTS).write_bytes(b""),
+    "text": lambda folder: (folder / WEIGHTS).write_text("not tensors"),
+    "integers": retyped(lambda tensor: tensor.to(torch.int64)),
+    "other shapes": retyped(lambda tensor: tensor[:1].contiguous()),
+    "code in a pickle": pickled,
+    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "no configuration": lambda folder: (folder / CONFIG).unlink(),
+    "no JSON": lambda folder: (folder / CONFIG).write_text("{"),
+    "a list": lambda folder: (folder / CONFIG).write_text("[]"),
+    "unknown method": configured(peft_type="LORRA"),
+    "method that is not built": configured(peft_type="XLORA"),
+    "rank 0": configured(r=0),
+    "rank in quotes": configured(r="8"),
+    "dropout 1.5": configured(lora_dropout=1.5),
+    "targets that are not there": configured(target_modules=["nothing"]),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_folder_gives_one_error_and_changes_nothing(fault, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_TEST_BOMB", str(tmp_path / "exploded"))
+    folder = tmp_path / "adapter"
+    model, plain = small_adapter(folder), BASE.build()
+    configuration = (folder / CONFIG).read_bytes()
+    BROKEN[fault](folder)
+    files = content(folder)
+    calls = [
+        (plain, lambda: PeftModel.from_pretrained(plain, folder)),
+        (model, lambda: model.load_adapter(folder, "other")),
+    ]
+    if files.get(CONFIG) == configuration:  # an adapter that is there takes weights alone
+        calls.append((model, lambda: model.load_adapter(folder, "default")))
+    for target, call in calls:
+        before = state(target)
+        with pytest.raises((ValueError, NotImplementedError)) as caught, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            call()
+        assert str(caught.value).strip() and caught.type is not UnicodeDecodeError
+        assert_same(target, before)
+    assert content(folder) == files and not (tmp_path / "exploded").exists()
 
 
 def test_a_load_that_fails_gives_a_replicated_model_its_own_layers_back(tmp_path):
