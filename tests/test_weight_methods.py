@@ -98,6 +98,19 @@ def test_lokr_on_a_line_of_channels_orders_a_whole_factor_as_files_do(r):
     torch.testing.assert_close(layer.get_delta_weight("default"), delta)
 
 
+@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
+@pytest.mark.parametrize("layer", [nn.Conv1d(4, 6, 2), nn.Conv2d(4, 6, (2, 1))], ids=["line", "plane"])
+def test_gradients_of_the_effective_forms_are_those_of_the_outputs(config, layer):
+    net = nn.Sequential(copy.deepcopy(layer).double())
+    model = get_peft_model(net, config(target_modules=["0"], r=1, use_effective_conv2d=True), "a").double()
+    own = [p for p in model.parameters() if p.requires_grad]
+    assert any(n.endswith(("t1.a", "t2.a")) for n, _ in model.named_parameters())
+    x = torch.randn(2, 4, *([3] * (layer.weight.dim() - 2)), dtype=torch.double)
+    for parameter in own:
+        nn.init.normal_(parameter)
+    assert torch.autograd.gradcheck(lambda *_: model(x), own)
+
+
 def test_the_split_of_single_modules_can_be_given(tmp_path):
     config = LoKrConfig(target_modules=["q_proj", "v_proj"], r=2, w1_shapes={r"layers\.1\.self_attn\.q_proj": [2, 16]})
     model = get_peft_model(BASE.build(), config).eval()
