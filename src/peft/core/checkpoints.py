@@ -388,7 +388,9 @@ def _plan(
             twin = used.setdefault(id(current), tensor)  # of modules that share a parameter each has a key
             if twin is not tensor and not torch.equal(twin, tensor):
                 clashes.append(key)
-    again = repeats(model, adapter_name, {placed(k, places, inner) or k: t for k, t in tensors.items()})
+    again: dict[str, torch.Tensor] = {}
+    if start_of_followers and followed:
+        again = repeats(model, adapter_name, {placed(k, places, inner) or k: t for k, t in tensors.items()})
     for key, tensor in followed.items():
         other = again.get(placed(key, dict.fromkeys(again, ""), inner) or "")
         if other is not None and (other.shape != tensor.shape or not torch.equal(other, tensor)):
