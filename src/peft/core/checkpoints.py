@@ -388,18 +388,7 @@ def _plan(
             twin = used.setdefault(id(current), tensor)  # of modules that share a parameter each has a key
             if twin is not tensor and not torch.equal(twin, tensor):
                 clashes.append(key)
-    again: dict[str, torch.Tensor] = {}
-    if start_of_followers and followed:
-        again = repeats(model, adapter_name, {placed(k, places, inner) or k: t for k, t in tensors.items()})
-    for key, tensor in followed.items():
-        other = again.get(placed(key, dict.fromkeys(again, ""), inner) or "")
-        if other is not None and (other.shape != tensor.shape or not torch.equal(other, tensor)):
-            clashes.append(key)
-    if clashes:
-        doubt(
-            f"The tensors given for adapter {adapter_name!r} hold other values for {shorten(clashes, 4)} than for the module whose weight "
-            "is shared there: only one of them is used. Was the adapter trained on a model without tied weights?"
-        )
+    _report_clashes(model, adapter_name, clashes, followed, lambda key: placed(key, places, inner), tensors)
     if problems and not ignore_mismatched_sizes:
         raise MismatchError(
             f"Tensors of adapter {adapter_name!r} do not fit the model ({len(problems)}): {'; '.join(problems[:4])}. The adapter "
@@ -412,6 +401,36 @@ def _plan(
         )
     result.missing_keys = [k for k, own in places.items() if k not in found and id(_tensor(model, own)) not in used]
     return result, assignments
+
+
+def _report_clashes(
+    model: nn.Module,
+    adapter_name: str,
+    clashes: list[str],
+    followed: Mapping[str, torch.Tensor],
+    place_of: Callable[[str], str | None],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Say where a file has other values for modules that share a weight.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+        clashes: Keys found so far.
+        followed: Tensors that are not read, since they repeat what the file holds of the layer that is followed.
+        place_of: The key by which the model knows a key of the file.
+        tensors: All tensors of the file.
+    """
+    again = repeats(model, adapter_name, {place_of(k) or k: t for k, t in tensors.items()}) if followed else {}
+    for key, tensor in followed.items():
+        other = again.get(placed(key, dict.fromkeys(again, "")) or "")
+        if other is not None and (other.shape != tensor.shape or not torch.equal(other, tensor)):
+            clashes.append(key)
+    if clashes:
+        doubt(
+            f"The tensors given for adapter {adapter_name!r} hold other values for {shorten(clashes, 4)} than for the module whose weight "
+            "is shared there: only one of them is used. Was the adapter trained on a model without tied weights?"
+        )
 
 
 def _carry_out(model: nn.Module, assignments: list[tuple[str, torch.Tensor]], adapter_name: str) -> None:
