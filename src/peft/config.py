@@ -297,6 +297,8 @@ class WeightConfig(PeftConfig):
 
     # Fields that give single modules another value, by name, suffix or regular expression.
     _pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    # Those of them whose values are pairs of positive integers, not numbers.
+    _pair_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -328,7 +330,13 @@ class WeightConfig(PeftConfig):
                 self._check_pattern(name, key, value)
 
     def _check_pattern(self, field_name: str, key: Any, value: Any) -> None:
-        """Refuse a value of a pattern field: numbers are expected unless a method says otherwise."""
+        if field_name in self._pair_fields:
+            numbers = value if isinstance(value, (list, tuple)) and len(value) == 2 else [None]
+            if not all(type(n) is int and n > 0 for n in numbers):
+                raise ValueError(
+                    f"`{field_name}` gives {key!r} the value {value!r}, which is no pair of positive integers."
+                )
+            return
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"`{field_name}` gives {key!r} the value {value!r}, which is no number.")
 

@@ -13,6 +13,7 @@ from ...config import PeftType, WeightConfig
 from ...core.ranked import DroppingLayer
 from ...core.tuner import BaseTuner
 from ...kernels.kronecker import add_kronecker, kronecker_linear
+from ...kernels.splitting import factorization
 from ...kernels.tucker import core_size, tucker
 
 
@@ -68,6 +69,7 @@ class LoKrConfig(WeightConfig):
 
     _optional_keys = (*WeightConfig._optional_keys, "w1_shapes")
     _pattern_fields = (*WeightConfig._pattern_fields, "w1_shapes")
+    _pair_fields = ("w1_shapes",)
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LOKR
@@ -76,31 +78,6 @@ class LoKrConfig(WeightConfig):
         self.check_probability("module_dropout")
         if self.decompose_factor <= 0 and self.decompose_factor != -1:
             raise ValueError(f"`decompose_factor` should be a positive integer or -1, got {self.decompose_factor!r}.")
-
-    def _check_pattern(self, field_name: str, key: Any, value: Any) -> None:
-        if field_name != "w1_shapes":
-            super()._check_pattern(field_name, key, value)
-        elif (
-            not isinstance(value, (list, tuple)) or len(value) != 2 or not all(type(n) is int and n > 0 for n in value)
-        ):
-            raise ValueError(f"`w1_shapes` gives {key!r} the value {value!r}, which is no pair of positive integers.")
-
-
-def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Split a dimension into two factors.
-
-    Args:
-        dimension: The number to split.
-        factor: The first of the two where it divides the number, else a bound of it; -1: no bound.
-
-    Returns:
-        ``(m, n)`` with m · n = dimension. Where ``factor`` does not give m, m ≤ n, as near to each other as the bound allows.
-    """
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    bound = math.isqrt(dimension) if factor <= 0 else min(factor, math.isqrt(dimension))
-    smaller = next(m for m in range(bound, 0, -1) if dimension % m == 0)
-    return smaller, dimension // smaller
 
 
 class LoKrLayer(DroppingLayer):
@@ -179,8 +156,7 @@ class LoKrLayer(DroppingLayer):
         return product if y is None else y + product
 
     def _is_reordered(self, name: str) -> bool:
-        """Whether the weight holds the entries of w1 ⊗ w2 in another order: in ``nn.Conv1d`` with w2 left whole, where the files of
-        the field pair w1's dimensions with the last two of w2's three."""
+        """Whether the weight has the entries of w1 ⊗ w2 in another order: files pair w1 with the last two of a Conv1d's whole w2."""
         return self.kind.name == "Conv1d" and name in self.lokr_w2
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
