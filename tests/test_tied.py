@@ -310,3 +310,15 @@ def test_tied_token_rows_are_tied_enough():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         get_peft_model(llama(), config(["q_proj"], trainable_token_indices=[3]))
+
+
+def test_copies_of_a_layer_are_not_tied():
+    """They share their weights too, but each place has an adapter, and a trained norm, of its own."""
+    options = {"layer_replication": [[0, 2], [1, 2]], "modules_to_save": ["input_layernorm"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(llama(), config(["q_proj"], ensure_weight_tying=False, **options), strict=True)
+    model = get_peft_model(llama(), config(["embed_tokens", "q_proj"], **options))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert sum("q_proj.lora_A" in n for n in trained) == sum("input_layernorm" in n for n in trained) == 3
+    assert type(model.base_model.model.lm_head).__name__ == "TiedLayer"

@@ -26,7 +26,7 @@ from .targets import (
     find_targets,
     shortest_names,
 )
-from .tied import TiedLayer, by_weight, follower, plain, tied_to
+from .tied import TiedLayer, by_weight, follower, leaders, tied_modules, tied_to
 from .token_rows import TokenRowsLayer, find_token_rows
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ def inject(
         _check_sharded(config, placements)
         _check_bias(config, known)
         fit_head(model, config, heads)
-        memo: dict[int, Any] | None = {} if getattr(config, "ensure_weight_tying", False) else None
-        copies = {name: _copy(module, on_meta, memo) for name, module in heads.items()}
+        first_of = leaders(heads) if getattr(config, "ensure_weight_tying", False) else {}
+        memos: dict[str, dict[int, Any]] = {name: {} for name in heads}
+        copies = {name: _copy(module, on_meta, memos[first_of.get(name, name)]) for name, module in heads.items()}
 
     # From here on nothing fails.
     for field, value in values.items():
@@ -213,11 +214,10 @@ def _build(
     placements = []
     modules = base_modules(model)
     shared = by_weight(modules)
-    if getattr(
-        config, "ensure_weight_tying", False
-    ):  # of those that share a weight the first is adapted, the others follow
-        first: dict[int, str] = {}
-        places = {n: m for n, m in places.items() if first.setdefault(_weight_id(m), n) == n}
+    if getattr(config, "ensure_weight_tying", False):
+        for name in list(places):  # of tied modules the first is adapted, the others follow
+            if name in places:
+                places = {n: m for n, m in places.items() if n not in tied_modules(shared, name, places[name])}
     attaches = tuner_cls.layer_cls.attached_as is not None
     wanted = [(n, m, tuner_cls.layer_cls, tuner_cls.make_layer, attaches) for n, m in places.items()]
     wanted += [(n, m, TokenRowsLayer, TokenRowsLayer.wrap, False) for n, m in find_token_rows(model, config).items()]
@@ -259,8 +259,7 @@ def _tied(
         layer = place.layer
         if not isinstance(layer, AdapterLayer) or not layer.kind.has_matrix:
             continue
-        base = layer.get_base_layer()
-        others = {n: m for n, m in shared.get(_weight_id(base), {}).items() if plain(m) is not base}
+        others = tied_modules(shared, place.name, layer)
         if others and not (layer.ties or wanted):
             apart[place.name] = sorted(others)
             continue
@@ -278,7 +277,7 @@ def _tied(
             f"Adapted modules share their weight with others ({listed}), to which the change does not apply, so it cannot be merged. "
             "Set ensure_weight_tying=True to change the weight for all of them, or untie the weights."
         )
-    if wanted and not followers and not _share(heads):
+    if wanted and not followers and not _any_tied(heads):
         doubt(
             "ensure_weight_tying=True, but no module that the adapter trains shares its weight with another: there is nothing to tie."
         )
@@ -289,7 +288,7 @@ def _tied_heads(model: nn.Module, config: Any, heads: Mapping[str, nn.Module]) -
     """Further modules to train in full, since they share a weight with those named and are to go on doing so."""
     wanted = getattr(config, "ensure_weight_tying", None)
     others = tied_to(heads, base_modules(model)) if heads and wanted is not None else {}
-    if wanted is False and (others or _share(heads)):
+    if wanted is False and (others or _any_tied(heads)):
         doubt(
             f"Weights of modules_to_save are shared ({shorten([*heads, *others])}), and each module that is trained gets a copy of "
             "its own: the model is no longer tied. Set ensure_weight_tying=True to train the shared weight."
@@ -297,14 +296,8 @@ def _tied_heads(model: nn.Module, config: Any, heads: Mapping[str, nn.Module]) -
     return others if wanted else {}
 
 
-def _share(heads: Mapping[str, nn.Module]) -> bool:
-    """Whether any two of these modules share a parameter."""
-    ids = [id(p) for module in heads.values() for p in plain(module).parameters()]
-    return len(set(ids)) < len(ids)
-
-
-def _weight_id(module: nn.Module) -> int:
-    return id(getattr(plain(module), "weight", module))
+def _any_tied(heads: Mapping[str, nn.Module]) -> bool:
+    return any(name != first for name, first in leaders(heads).items())
 
 
 def _layer_on(module: nn.Module, layer_cls: type[AdapterLayer]) -> AdapterLayer | None:
@@ -339,11 +332,10 @@ def _outside_heads(places: dict[str, nn.Module], heads: dict[str, nn.Module]) ->
     return {n: m for n, m in places.items() if n not in inside}
 
 
-def _copy(module: nn.Module, on_meta: bool, memo: dict[int, Any] | None = None) -> nn.Module:
+def _copy(module: nn.Module, on_meta: bool, memo: dict[int, Any]) -> nn.Module:
     """A copy of a module to save; on meta its parameters are shapes only. Copies made with one ``memo`` share what they shared."""
     if isinstance(module, ModulesToSaveWrapper):
         module = module.original_module
-    memo = {} if memo is None else memo
     if on_meta:
         for p in module.parameters():
             memo.setdefault(id(p), nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -88,6 +89,19 @@ def by_weight(modules: Mapping[str, nn.Module]) -> dict[int, dict[str, nn.Module
     return found
 
 
+def tied_modules(shared: Mapping[int, Mapping[str, nn.Module]], name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Other modules that are tied to one by their weight, by name.
+
+    Args:
+        shared: What :func:`by_weight` found.
+        name: The module's name.
+        module: The module, with or without adapters around it.
+    """
+    base = plain(module)
+    group = shared.get(id(getattr(base, "weight", base)), {})
+    return {n: m for n, m in group.items() if plain(m) is not base and not are_copies(n, name)}
+
+
 def tied_to(heads: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Modules outside these that share a weight with them, by name.
 
@@ -95,14 +109,35 @@ def tied_to(heads: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) ->
         heads: Modules by name.
         modules: All modules of the base model.
     """
-    weights = {id(p) for module in heads.values() for p in plain(module).parameters()}
+    owners: dict[int, list[str]] = {}
+    for head, module in heads.items():
+        for parameter in plain(module).parameters():
+            owners.setdefault(id(parameter), []).append(head)
     return {
         name: module
         for key, group in by_weight(modules).items()
-        if key in weights
         for name, module in group.items()
         if not any(name == head or name.startswith(f"{head}.") for head in heads)
+        and not all(are_copies(name, head) for head in owners.get(key, ()))
     }
+
+
+def leaders(heads: Mapping[str, nn.Module]) -> dict[str, str]:
+    """For each of some modules the first that shares a parameter with it: itself, where none does."""
+    owners: dict[int, list[str]] = {}
+    found: dict[str, str] = {}
+    for name, module in heads.items():
+        ids = [id(p) for p in plain(module).parameters()]
+        twin = next((other for i in ids for other in owners.get(i, ()) if not are_copies(other, name)), name)
+        found[name] = found.get(twin, name)
+        for i in ids:
+            owners.setdefault(i, []).append(name)
+    return found
+
+
+def are_copies(one: str, other: str) -> bool:
+    """Whether two names differ in numbers only: such modules share a weight as copies of one layer, and are no tied pair."""
+    return one != other and re.sub(r"\.\d+(?=\.|$)", ".#", f".{one}") == re.sub(r"\.\d+(?=\.|$)", ".#", f".{other}")
 
 
 def embeddings_are_tied(model: nn.Module) -> bool:
