@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 import tiny
 from benchmarks.saved_bytes import saved_bytes
@@ -17,6 +18,7 @@ from peft.core.targets import base_modules, match
 from peft.helpers import recompute_inputs
 from peft.tuners.bottleneck.places import PLACES
 from settings import logits, randomise
+from test_prompt_architectures import TABLE, Row, ids_of, inputs_of
 from tiny_architectures import build_on_meta
 
 
@@ -186,6 +188,42 @@ def test_the_places_exist_once_in_each_layer(model_type):
             for name in places if PLACES[model_type].inputs else ():
                 source = next(re.fullmatch(k, name).expand(v) for k, v in PLACES[model_type].inputs.items())
                 assert source in modules
+
+
+VIT = Row(
+    "ViT",
+    {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 8, "patch_size": 4},
+    "image",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [*TABLE, VIT], ids=lambda row: row.name)
+def test_every_place_of_the_defaults_is_reached(row):
+    """Built with weights and run: a fresh adapter changes nothing, and each of its tensors has a gradient, in every layer."""
+    if row is VIT:
+        torch.manual_seed(0)
+        base = ViTForImageClassification(ViTConfig(**row.values)).eval()
+        inputs = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    else:
+        base, inputs = row.build(), inputs_of(row, ids_of())
+    if base.config.model_type not in PLACES:
+        with pytest.raises(ValueError, match="no default is known for models of type"):
+            get_peft_model(base, BottleneckConfig())
+        return
+    with torch.no_grad():
+        plain = base(**inputs).logits
+    for placement, per_layer in (("houlsby", 2), ("pfeiffer", 1), ("parallel", 1)):
+        model = get_peft_model(base, BottleneckConfig(placement=placement, reduction_factor=8)).eval()
+        layers = [m for _, m in adapted_modules(model)]
+        assert len(layers) == per_layer * base.config.num_hidden_layers * (2 if row.kind == "encoder-decoder" else 1)
+        assert torch.equal(model(**inputs).logits, plain)
+        randomise(model)
+        out = model(**inputs).logits
+        assert (out - plain).abs().max() > 1e-3
+        out.square().sum().backward()
+        idle = [n for n, p in model.named_parameters() if p.requires_grad and not (p.grad is not None and p.grad.any())]
+        assert not idle, (placement, idle)
+        base = model.unload()
 
 
 def test_patterns_choose_single_widths():

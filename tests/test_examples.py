@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "finetune_imdb.py"
 
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))
+
 
 def load_example(name="finetune_imdb"):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -211,9 +213,36 @@ def test_the_method_that_the_documents_add(tiny_model):
     torch.testing.assert_close(model(**inputs).logits, through_delta)
 
 
+@pytest.mark.parametrize("document", PAGES)
+def test_formulas_can_be_rendered(document):
+    """Every dollar belongs to a formula, and in each one braces, environments and large brackets close."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.S)
+    formulas = re.findall(r"\$\$(.+?)\$\$|\$([^$]+)\$", text, re.S)
+    assert "$" not in re.sub(r"\$\$.+?\$\$|\$[^$]+\$", "", text, flags=re.S)
+    for formula in (display or inline for display, inline in formulas):
+        bare = formula.replace(r"\{", "").replace(r"\}", "")
+        depth = [bare[: i + 1].count("{") - bare[: i + 1].count("}") for i in range(len(bare))]
+        assert min(depth) >= 0 and depth[-1] == 0, formula
+        assert len(re.findall(r"\\left\b", formula)) == len(re.findall(r"\\right\b", formula)), formula
+        assert re.findall(r"\\begin\{(\w+)", formula) == re.findall(r"\\end\{(\w+)", formula), formula
+        assert not re.search(r"\n\s*\n", formula), formula
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "loha", "lokr", "bottleneck"])
+def test_the_page_of_a_method_derives_it(method):
+    text = (ROOT / "docs" / "methods" / f"{method}.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", text, re.M)
+    wanted = ["What is parametrised", "Why it starts at the identity", "Gradient", "Size and cost", "When to choose it"]
+    assert [h for h in headings if h in wanted] == wanted
+    assert (
+        "- Parameters: " in text and "- Memory: " in text and re.search(r"- (Time|Operations)( for a token)?: ", text)
+    )
+    assert "arxiv.org/abs/" in text and r"\frac{\partial L}{\partial" in text
+
+
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))],
+    ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES],
 )
 def test_links_between_documents_lead_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ import pickle
 import re
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -100,6 +101,54 @@ def test_a_failed_write_leaves_the_old_files_whole(saved, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(folder)
     assert {f: (folder / f).read_bytes() for f in os.listdir(folder)} == before
+
+
+def empty(model, write):
+    for n, p in model.named_parameters():
+        if "lora_A" in n:
+            p.data = p.data.new_empty(0)  # as sharding leaves what another process holds
+
+
+def nowhere(model, write):
+    for module in model.modules():
+        if "default" in getattr(module, "lora_A", {}):
+            module.lora_A["default"].to_empty(device="meta")
+
+
+def without_one(model, write):
+    write.setattr(
+        "safetensors.torch.save_file", lambda tensors, *rest, **more: real(dict([*tensors.items()][1:]), *rest, **more)
+    )
+
+
+def shorter(model, write):
+    def save(tensors, *rest, **more):
+        real({k: t[:1].clone() for k, t in tensors.items()}, *rest, **more)
+
+    write.setattr("safetensors.torch.save_file", save)
+
+
+real = safetensors.torch.save_file
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (empty, "has tensors without values: .*lora_A.*sharded"),
+        (nowhere, "meta"),
+        (without_one, "is not what had to be, so nothing was saved"),
+        (shorter, "is not what had to be, so nothing was saved"),
+    ],
+)
+def test_an_empty_or_partial_adapter_never_takes_the_place_of_a_file(spoil, message, saved, tmp_path, monkeypatch):
+    model, folder = saved
+    before = {f: (folder / f).read_bytes() for f in os.listdir(folder)}
+    spoil(model, monkeypatch)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises((RuntimeError, OSError), match=message):
+            model.save_pretrained(target)
+    assert {f: (folder / f).read_bytes() for f in os.listdir(folder)} == before
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])

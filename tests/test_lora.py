@@ -89,7 +89,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean():
 
 FIELDS = {
     "use_qalora": True, "target_parameters": ["x"],
-    "alora_invocation_tokens": [1], "ensure_weight_tying": True, "megatron_config": {"a": 1},
+    "alora_invocation_tokens": [1], "megatron_config": {"a": 1},
     "loftq_config": {"a": 1}, "eva_config": object(), "corda_config": object(), "lora_ga_config": object(),
     "velora_config": object(), "monteclora_config": object(), "use_bdlora": object(), "arrow_config": object(),
     "kasa_config": object(), "init_lora_weights": "eva",
@@ -108,7 +108,7 @@ def test_no_field_is_ignored():
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
         "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
         "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias",
-        "num_labels", "id2label", "problem_type", "layer_replication", "trainable_token_indices",
+        "num_labels", "id2label", "problem_type", "layer_replication", "trainable_token_indices", "ensure_weight_tying",
     }  # fmt: skip
     only_with_others = {
         "megatron_core",

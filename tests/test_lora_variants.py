@@ -104,6 +104,23 @@ def test_a_fresh_dora_adapter_is_the_identity_bit_for_bit(kind, dtype, autocast)
     assert magnitude.dtype == (torch.float32 if autocast else dtype)
 
 
+def test_a_row_of_zeros_stays_one():
+    """As that of a padding token: its norm is no number to divide by."""
+    plain = nn.Linear(6, 5)
+    with torch.no_grad():
+        plain.weight[2] = 0
+    x = torch.randn(4, 6)
+    model = adapted(plain, r=2, use_dora=True)
+    assert torch.equal(model(x), plain(x))
+    randomise(model, scale=0.5)
+    with torch.no_grad():
+        model.base_model.model.layer.lora_B["default"].weight[2] = 0
+    out = model(x)
+    assert torch.equal(out[:, 2], plain(x)[:, 2])
+    out.pow(2).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 def test_doras_random_start_takes_the_norm_of_the_changed_weight():
     plain, x = make("linear")
     model = adapted(plain, r=2, use_dora=True, init_lora_weights=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import random
 import resource
 import subprocess
@@ -154,26 +155,42 @@ def test_changed_bytes_in_the_weights(tmp_path, count, sealed):
     assert torch.equal(logits(model, BASE), before) and names == [n for n, _ in model.named_parameters()]
 
 
+def _as_told(read, told):
+    """Whether a field holds what the file says: sets in any order, the method's name in any case."""
+    return read == told or (isinstance(told, list) and read == sorted(told)) or read == str(told).upper()
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_changed_bytes_in_the_configuration(tmp_path, count):
     model = small_adapter(tmp_path)
     before = logits(model, BASE)
     data = (tmp_path / CONFIG).read_bytes()
-    tally = {"tried": 0, "refused": 0, "loaded": 0}
+    tally = {"tried": 0, "refused": 0, "warned": 0, "same": 0, "other values": 0, "silent": 0}
+    wanted = json.loads(data)
     for changed in mutations(len(data).to_bytes(8, "little") + data, count, seed=count):
         (tmp_path / CONFIG).write_bytes(changed[8:])
         tally["tried"] += 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             try:
                 model.load_adapter(tmp_path, "other")
             except (ValueError, NotImplementedError):  # anything else is a crash and fails the test
                 tally["refused"] += 1
                 assert list(model.peft_config) == ["default"]
-            else:
-                tally["loaded"] += 1
-                model.delete_adapter("other")
+                continue
+        read = model.peft_config["other"].to_json_dict()
+        model.delete_adapter("other")
+        told = json.loads(changed[8:])
+        if caught:
+            tally["warned"] += 1
+        elif told == wanted:
+            tally["same"] += 1  # a blank became another blank
+        elif all(_as_told(read[k], v) for k, v in told.items() if k != "inference_mode"):
+            tally["other values"] += 1  # another valid value of a field, as anybody may write it, is taken as it stands
+        else:
+            tally["silent"] += 1
     print(tally)
+    assert tally["silent"] == 0
     assert tally["refused"] > count / 3 and torch.equal(logits(model, BASE), before)
 
 
@@ -248,6 +265,70 @@ def test_a_load_that_fails_leaves_layers_heads_flags_and_configurations(tmp_path
         with pytest.raises(ValueError, match="lacks"):
             model.load_adapter(tmp_path, name, strict=True, is_trainable=True)
         assert_same(model, dict(before))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PEFT_TEST_BOMB"],)
+
+
+def configured(**changes):
+    return lambda folder: (folder / CONFIG).write_text(
+        json.dumps({**json.loads((folder / CONFIG).read_text()), **changes})
+    )
+
+
+def retyped(change):
+    return lambda folder: save_file({k: change(v) for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+
+
+def pickled(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+BROKEN = {
+    "cut short": lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]),
+    "empty": lambda folder: (folder / WEIGHTS).write_bytes(b""),
+    "text": lambda folder: (folder / WEIGHTS).write_text("not tensors"),
+    "integers": retyped(lambda tensor: tensor.to(torch.int64)),
+    "other shapes": retyped(lambda tensor: tensor[:1].contiguous()),
+    "code in a pickle": pickled,
+    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "no configuration": lambda folder: (folder / CONFIG).unlink(),
+    "no JSON": lambda folder: (folder / CONFIG).write_text("{"),
+    "a list": lambda folder: (folder / CONFIG).write_text("[]"),
+    "unknown method": configured(peft_type="LORRA"),
+    "method that is not built": configured(peft_type="XLORA"),
+    "rank 0": configured(r=0),
+    "rank in quotes": configured(r="8"),
+    "dropout 1.5": configured(lora_dropout=1.5),
+    "targets that are not there": configured(target_modules=["nothing"]),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_folder_gives_one_error_and_changes_nothing(fault, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_TEST_BOMB", str(tmp_path / "exploded"))
+    folder = tmp_path / "adapter"
+    model, plain = small_adapter(folder), BASE.build()
+    configuration = (folder / CONFIG).read_bytes()
+    BROKEN[fault](folder)
+    files = content(folder)
+    calls = [
+        (plain, lambda: PeftModel.from_pretrained(plain, folder)),
+        (model, lambda: model.load_adapter(folder, "other")),
+    ]
+    if files.get(CONFIG) == configuration:  # an adapter that is there takes weights alone
+        calls.append((model, lambda: model.load_adapter(folder, "default")))
+    for target, call in calls:
+        before = state(target)
+        with pytest.raises((ValueError, NotImplementedError)) as caught, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            call()
+        assert str(caught.value).strip() and caught.type is not UnicodeDecodeError
+        assert_same(target, before)
+    assert content(folder) == files and not (tmp_path / "exploded").exists()
 
 
 def test_a_load_that_fails_gives_a_replicated_model_its_own_layers_back(tmp_path):

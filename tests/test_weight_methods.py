@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 import tiny
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    BottleneckConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.core.holder import adapted_modules
 from peft.tuners.lokr import factorization
 from settings import ia3, logits, randomise
@@ -67,6 +77,66 @@ def test_lokr_is_the_formula(options, slots):
     expected = layer.base_layer(x) + x @ delta.T
     torch.testing.assert_close(layer(x), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
     torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+
+
+@pytest.mark.parametrize("r", [1, 8], ids=["low-rank", "whole"])
+def test_lokr_on_a_line_of_channels_orders_a_whole_factor_as_files_do(r):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(6, 12, 3, padding=1))
+    layer = get_peft_model(net, LoKrConfig(target_modules=["0"], r=r, alpha=r)).base_model.model[0]
+    parts = dict(layer.adapter_entries("default"))
+    for parameter in parts.values():
+        nn.init.normal_(parameter)
+    if r == 8:  # torch pairs a matrix with the last two dimensions of w2
+        delta = torch.kron(parts["lokr_w1"][None], parts["lokr_w2"]).reshape(12, 6, 3)
+    else:
+        w2 = (parts["lokr_w2_a"] @ parts["lokr_w2_b"]).view(4, 3, 3)
+        delta = torch.kron(parts["lokr_w1"][..., None], w2)
+    x = torch.randn(2, 6, 7)
+    expected = layer.base_layer(x) + nn.functional.conv1d(x, delta, padding=1)
+    torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
+@pytest.mark.parametrize("layer", [nn.Conv1d(4, 6, 2), nn.Conv2d(4, 6, (2, 1))], ids=["line", "plane"])
+def test_gradients_of_the_effective_forms_are_those_of_the_outputs(config, layer):
+    net = nn.Sequential(copy.deepcopy(layer).double())
+    model = get_peft_model(net, config(target_modules=["0"], r=1, use_effective_conv2d=True), "a").double()
+    own = [p for p in model.parameters() if p.requires_grad]
+    assert any(n.endswith(("t1.a", "t2.a")) for n, _ in model.named_parameters())
+    x = torch.randn(2, 4, *([3] * (layer.weight.dim() - 2)), dtype=torch.double)
+    for parameter in own:
+        nn.init.normal_(parameter)
+    assert torch.autograd.gradcheck(lambda *_: model(x), own)
+
+
+def test_the_split_of_single_modules_can_be_given(tmp_path):
+    config = LoKrConfig(target_modules=["q_proj", "v_proj"], r=2, w1_shapes={r"layers\.1\.self_attn\.q_proj": [2, 16]})
+    model = get_peft_model(BASE.build(), config).eval()
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if n.endswith("q_proj.lokr_w1.default")}
+    assert [*shapes.values()] == [(4, 4), (2, 16)]
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(BASE.build(), tmp_path)
+    assert torch.equal(logits(loaded, BASE), logits(model, BASE))
+    assert "w1_shapes" not in LoKrConfig().to_json_dict()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"q_proj": [5, 4]}, r"w1 of shape \(5, 4\), which does not divide the layer's \(32, 32\)"),
+        ({"q_proj": [0, 4]}, "is no pair of positive integers"),
+        ({"q_proj": 4}, "is no pair of positive integers"),
+        ({"(": [1, 1]}, "`w1_shapes` .*no regular expression|`w1_shapes`"),
+    ],
+)
+def test_a_split_that_does_not_divide_is_refused(shapes, message):
+    model = BASE.build()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, LoKrConfig(target_modules=["q_proj"], w1_shapes=shapes))
+    assert not hasattr(model, "peft_config")
 
 
 def test_applying_lokr_builds_no_kronecker_product(monkeypatch):
@@ -237,22 +307,26 @@ CONFIGS = {
     "hadamard": lambda: LoHaConfig(r=3, target_modules=["q_proj", "down_proj"]),
     "kronecker": lambda: LoKrConfig(r=2, target_modules=["q_proj", "k_proj"]),
     "scales": lambda: IA3Config(target_modules=["q_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "networks": lambda: BottleneckConfig(bottleneck_dim=4),
 }
+MERGED = [name for name in CONFIGS if name != "networks"]
+HOLDERS = pytest.mark.parametrize("holder", [PeftModel, PeftMixedModel])
 
 
-def all_methods(**options):
-    first, *others = CONFIGS
-    model = get_peft_model(BASE.build(), CONFIGS[first](), first, **options).eval()
+def all_methods(holder=PeftModel, names=tuple(CONFIGS)):
+    first, *others = names
+    model = get_peft_model(BASE.build(), CONFIGS[first](), first, mixed=holder is PeftMixedModel).eval()
+    assert type(model) is holder
     for name in others:
         model.add_adapter(name, CONFIGS[name]())
-    for seed, name in enumerate(CONFIGS):
-        randomise(model, name, seed, 0.4)
+    for name in names:
+        randomise(model, name, [*CONFIGS].index(name), 0.4)
     return model
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_all_methods_act_together_and_each_alone(mixed):
-    model = all_methods(mixed=mixed)
+@HOLDERS
+def test_all_methods_act_together_and_each_alone(holder):
+    model = all_methods(holder)
     alone = {}
     for seed, (name, config) in enumerate(CONFIGS.items()):
         single = get_peft_model(BASE.build(), config(), name)
@@ -264,13 +338,13 @@ def test_all_methods_act_together_and_each_alone(mixed):
             n for n, _ in model.named_parameters() if f".{name}" in n
         }
     assert all((alone[a] - alone[b]).abs().max() > 1e-3 for a, b in itertools.combinations(alone, 2))
-    rows = ["scales", "hadamard", "__base__", "kronecker"]
-    expected = [alone.get(name, logits(BASE.build(), BASE))[i] for i, name in enumerate(rows)]
-    torch.testing.assert_close(logits(model, BASE, adapter_names=rows), torch.stack(expected), atol=1e-5, rtol=1e-4)
+    for rows in (["scales", "hadamard", "__base__", "kronecker"], ["networks", "low", "networks", "scales"]):
+        expected = [alone.get(name, logits(BASE.build(), BASE))[i] for i, name in enumerate(rows)]
+        torch.testing.assert_close(logits(model, BASE, adapter_names=rows), torch.stack(expected), atol=1e-5, rtol=1e-4)
     model.base_model.set_adapter(list(CONFIGS))
     weights = copy.deepcopy(model.state_dict())
     together = logits(model, BASE)
-    model.merge_adapter()
+    model.merge_adapter(MERGED)
     torch.testing.assert_close(logits(model, BASE), together, atol=2e-5, rtol=1e-4)
     model.unmerge_adapter()
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
@@ -281,12 +355,14 @@ def test_all_methods_act_together_and_each_alone(mixed):
     torch.testing.assert_close(logits(model, BASE), alone["kronecker"], atol=1e-5, rtol=1e-4)
 
 
-def test_all_methods_are_saved_and_loaded_together(tmp_path):
-    model = all_methods()
+@HOLDERS
+def test_all_methods_are_saved_and_loaded_together(holder, tmp_path):
+    model = all_methods(holder)
     model.base_model.set_adapter(list(CONFIGS))
     model.save_pretrained(tmp_path)
     first, *others = CONFIGS
-    loaded = PeftModel.from_pretrained(BASE.build(), tmp_path / first, adapter_name=first)
+    loaded = holder.from_pretrained(BASE.build(), tmp_path / first, adapter_name=first)
+    assert type(loaded) is holder
     for name in others:
         result = loaded.load_adapter(tmp_path / name, name)
         assert not result.missing_keys and not result.unexpected_keys
@@ -300,13 +376,13 @@ def test_all_methods_are_saved_and_loaded_together(tmp_path):
 
 
 def test_methods_on_one_layer_are_merged_together_or_inner_first():
-    model = all_methods()
-    model.base_model.set_adapter(list(CONFIGS))
+    model = all_methods(names=MERGED)
+    model.base_model.set_adapter(MERGED)
     expected, weights = logits(model, BASE), copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="'scales'.*'kronecker'.*together"):
         model.merge_adapter(["scales"])
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    for name in CONFIGS:
+    for name in MERGED:
         model.merge_adapter([name])
         torch.testing.assert_close(logits(model, BASE), expected, atol=2e-5, rtol=1e-4)
     model.unmerge_adapter()
@@ -314,6 +390,6 @@ def test_methods_on_one_layer_are_merged_together_or_inner_first():
 
 
 def test_named_layers_have_the_classes_that_programs_look_for():
-    model = all_methods()
+    model = all_methods(names=MERGED)
     names = {type(layer).__mro__[1].__name__ for _, layer in adapted_modules(model)}
     assert names == {"LoraLayer", "LoHaLayer", "LoKrLayer", "IA3Layer"}

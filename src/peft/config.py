@@ -126,7 +126,7 @@ class PeftConfig(PushToHubMixin):
     problem_type: str | None = field(default=None, kw_only=True)
 
     # Written only when set: the peer warns about keys that it does not know.
-    _optional_keys = ("num_labels", "id2label", "problem_type")
+    _optional_keys: ClassVar[tuple[str, ...]] = ("num_labels", "id2label", "problem_type")
     # Never written.
     _transient_keys: ClassVar[tuple[str, ...]] = ("runtime_config",)
     # Fields in which adapters must agree to take each other's place while in use; None: they cannot.
@@ -296,7 +296,9 @@ class WeightConfig(PeftConfig):
     """What configurations of methods that wrap layers share: checks of fields that several methods have."""
 
     # Fields that give single modules another value, by name, suffix or regular expression.
-    _pattern_fields = ("rank_pattern", "alpha_pattern")
+    _pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    # Those of them whose values are pairs of positive integers, not numbers.
+    _pair_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,10 +326,17 @@ class WeightConfig(PeftConfig):
             check_regex("layers_pattern", regex)
         for name in self._pattern_fields:
             for key, value in (getattr(self, name, None) or {}).items():
+                check_regex(name, str(key))
                 self._check_pattern(name, key, value)
 
     def _check_pattern(self, field_name: str, key: Any, value: Any) -> None:
-        check_regex(field_name, str(key))
+        if field_name in self._pair_fields:
+            numbers = value if isinstance(value, (list, tuple)) and len(value) == 2 else [None]
+            if not all(type(n) is int and n > 0 for n in numbers):
+                raise ValueError(
+                    f"`{field_name}` gives {key!r} the value {value!r}, which is no pair of positive integers."
+                )
+            return
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"`{field_name}` gives {key!r} the value {value!r}, which is no number.")
 

@@ -115,7 +115,9 @@ def convert_lycoris(
     options: dict[str, Any] = {"use_effective_conv2d": bool(found & {"hada_t1", "lokr_t2"})}
     if config_cls is LoKrConfig:
         options["decompose_both"] = "lokr_w1_a" in found
-        options["decompose_factor"] = _factor({name: _shape(modules[name]) for name in groups}, groups)
+        groups = {name: _plain_conv1d(modules[name], group) for name, group in groups.items()}
+        options["decompose_factor"], shapes = _factor({name: _shape(modules[name]) for name in groups}, groups)
+        options["w1_shapes"] = {f"^{re.escape(n)}": list(shape) for n, shape in shapes.items()} or None
     ranks = {name: _rank(group, _shape(modules[name])) for name, group in groups.items()}
     alphas = {name: _alpha(group, ranks[name]) for name, group in groups.items()}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -127,7 +129,12 @@ def convert_lycoris(
         alpha_pattern={f"^{re.escape(n)}": v for n, v in alphas.items() if v != alpha},
         **options,
     )
-    state = {f"{name}.{slot}": t for name, group in groups.items() for slot, t in group.items() if slot != "alpha"}
+    state = {
+        f"{name}.{slot}": t[..., None] if slot.endswith(("_t1", "_t2")) and t.dim() == 3 else t
+        for name, group in groups.items()
+        for slot, t in group.items()
+        if slot != "alpha"
+    }
     return config, state
 
 
@@ -190,19 +197,34 @@ def _alpha(group: Mapping[str, torch.Tensor], rank: int) -> float:
     return float(group["alpha"])
 
 
-def _factor(shapes: Mapping[str, tuple[int, int]], groups: Mapping[str, Mapping[str, torch.Tensor]]) -> int:
-    """The ``decompose_factor`` that splits every module as the file does."""
+def _factor(
+    shapes: Mapping[str, tuple[int, int]], groups: Mapping[str, Mapping[str, torch.Tensor]]
+) -> tuple[int, dict[str, tuple[int, int]]]:
+    """The ``decompose_factor`` that splits most modules as the file does, and the shapes of w1 in the others.
+
+    Where LyCORIS' factor divides a dimension the smaller part goes to w1, here the factor itself.
+    """
     sizes = {}
     for name, group in groups.items():
         rows = group["lokr_w1"].shape[0] if "lokr_w1" in group else group["lokr_w1_a"].shape[0]
         columns = group["lokr_w1"].shape[1] if "lokr_w1" in group else group["lokr_w1_b"].shape[1]
         sizes[name] = (rows, columns)
+    others = {}
     for factor in (-1, *sorted({size for pair in sizes.values() for size in pair})):
-        if all(tuple(factorization(n, factor)[0] for n in shapes[name]) == size for name, size in sizes.items()):
-            return factor
-    raise ValueError(
-        f"No decompose_factor gives the shapes of the file: {shorten([f'{n}: {s}' for n, s in sizes.items()], 4)}."
-    )
+        made = {name: tuple(factorization(n, factor)[0] for n in shape) for name, shape in shapes.items()}
+        others[factor] = {name: size for name, size in sizes.items() if size != made[name]}
+    best = min(others, key=lambda factor: len(others[factor]))
+    return best, others[best]
+
+
+def _plain_conv1d(module: nn.Module, group: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's tensors; of an ``nn.Conv1d`` with a whole w2, whose files here have another order, the product with w1 = 1."""
+    kind = _kind(module)
+    if kind is None or kind.name != "Conv1d" or "lokr_w2" not in group:
+        return group
+    w1 = group["lokr_w1"] if "lokr_w1" in group else group["lokr_w1_a"] @ group["lokr_w1_b"]
+    scale = float(group["alpha"]) / group["lokr_w1_b"].shape[0] if {"alpha", "lokr_w1_b"} <= group.keys() else 1.0
+    return {"lokr_w1": torch.ones(1, 1, dtype=w1.dtype), "lokr_w2": torch.kron(w1[..., None], group["lokr_w2"]) * scale}
 
 
 def _exact_targets(names: list[str], modules: list[str]) -> set[str] | str:

@@ -199,6 +199,15 @@ VIRTUAL = (
 )  # fmt: skip
 
 
+# A change of a shared weight is one pair of factors here. In the peer it is two pairs of parameters that share memory: each gets a
+# part of the gradient, and merging adds both. It also writes the modules that follow into the configuration.
+TIED = (
+    "wrapping", "counts", "printed", "initial values", "layer status", "model status", "layer attributes", "state",
+    "flags after activating", "model unloaded", "unloaded", "config values", "loading to train", "loaded layer status", "loaded state",
+    "gradients",
+)  # fmt: skip
+
+
 def virtual(name: str, method: str, base: str, task: str, more_here: tuple[str, ...] = (), **values: Any) -> Case:
     """A case with virtual tokens."""
     adapter = Adapter({"num_virtual_tokens": 5, **values}, method=method, noise=0.5)
@@ -445,6 +454,22 @@ CASES: tuple[Case, ...] = (
     Case("llama-tied", "llama-tied", (lora(),), "CAUSAL_LM"),
     Case("llama-tied-embedding-saved", "llama-tied", (lora(modules_to_save=["embed_tokens"]),), "CAUSAL_LM"),
     Case(
+        "llama-tied-embedding-adapted",
+        "llama-tied",
+        (lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),),
+        "CAUSAL_LM",
+        generate=True,
+        merge=False,
+        more_here=TIED,
+    ),
+    Case(
+        "llama-tied-both-saved",
+        "llama-tied",
+        (lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),),
+        "CAUSAL_LM",
+        more_here=("config values",),
+    ),
+    Case(
         "llama-bfloat16",
         "llama",
         (lora(target_modules="all-linear"),),
@@ -531,6 +556,23 @@ CASES: tuple[Case, ...] = (
         "convs-gaussian",
         "convs",
         (lora(target_modules=["line", "head"], init_lora_weights="gaussian", rank_pattern={"head": 3}),),
+    ),
+    Case("convs-dora", "convs", (lora(target_modules=["line", "plane", "space"], use_dora=True),)),
+    Case("convs-loha", "convs", (loha(target_modules=["line", "plane", "head"], r=3),)),
+    Case(
+        "convs-loha-effective",
+        "convs",
+        (loha(target_modules=["line", "plane"], r=3, use_effective_conv2d=True),),
+        more_here=("gradients",),  # the peer's of w1_a and w2_a are not those of its own outputs
+    ),
+    Case("convs-lokr", "convs", (lokr(target_modules=["line", "plane", "head"], r=2),)),
+    Case(
+        "convs-lokr-effective",
+        "convs",
+        (lokr(target_modules=["line", "plane"], r=2, use_effective_conv2d=True),),
+    ),
+    Case(
+        "convs-ia3", "convs", (ia3(target_modules=["plane", "space", "head"], feedforward_modules=["plane", "head"]),)
     ),
     Case("convs-groups", "convs-groups", (lora(target_modules=["line", "plane", "space"]),), merge=False),
     Case("inject-convs", "convs", (lora(target_modules=["line", "plane"]),), inject=True),

@@ -254,8 +254,12 @@ def extra_module_values(patient: Patient) -> dict[str, Any]:
 
 def randomise(patient: Patient) -> None:
     """Give adapters, trained heads and trained biases weights that matter, the same in every process."""
+    seen = set()  # the peer has tied factors as two parameters of one memory
     with torch.no_grad():
         for name, param in parameters(patient.model):
+            if param.data_ptr() in seen:
+                continue
+            seen.add(param.data_ptr())
             owner = next((a for a in patient.case.adapters if f".{a.name}." in f"{name}."), patient.case.adapters[0])
             if belongs(name, patient.case) or param.requires_grad:
                 param.copy_(owner.centre + owner.noise * numbers(f"{owner.name}/{name}", param.shape))

@@ -16,7 +16,9 @@ from .conftest import Lab
 
 PEER_TO_OURS, OURS_TO_PEER = ("peer", "ours"), ("ours", "peer")
 # Fields of adapter_config.json that are sets to their reader.
-SETS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+SETS = (
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "feedforward_modules",
+)  # fmt: skip
 
 
 def over(cases: Iterable[Case], section: str = "") -> Any:

@@ -73,6 +73,27 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
         yield named(plain_name(name)), name, parameter
 
 
+def repeats(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an adapter's file holds of layers that follow others, made from the rest of it.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+        tensors: Its tensors by file key.
+    """
+    named, layers = _namer(model, configs_of(model).get(adapter_name)), dict(adapted_modules(model))
+    names = {id(layer): name for name, layer in layers.items()}
+    found: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, AdapterLayer) or layer.follows is None or not layer.has_adapter(adapter_name):
+            continue
+        stem = named(file_prefix(names[id(layer.follows)])) + "."
+        own = {key.removeprefix(stem): tensor for key, tensor in tensors.items() if key.startswith(stem)}
+        again = layer.follows.repeated(layer, adapter_name, own)
+        found |= {f"{named(file_prefix(name))}.{key}": tensor for key, tensor in again.items()}
+    return found
+
+
 def training_tensors(
     model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
@@ -141,6 +162,7 @@ def get_peft_model_state_dict(
             f"The state dict given lacks {len(lacking)} tensors of adapter {adapter_name!r}: {shorten(lacking)}. "
             "Pass the full state dict of this very model, gathered from all processes."
         )
+    result |= repeats(model, adapter_name, result)
     empty = [key for key, tensor in result.items() if tensor.numel() == 0]
     if empty or not result:
         raise PeftError(
@@ -152,7 +174,10 @@ def get_peft_model_state_dict(
         names = [n for n in embedding_weights(model) if n in source]
         adapted = [n for n in names if n.endswith(".base_layer.weight")]
         named = _namer(model, configs_of(model)[adapter_name])
-        result.update({named(n): whole(source[n], n) for n in adapted or names})
+        for name in adapted or names:
+            weight = whole(source[name], name)
+            taken = any(weight.data_ptr() == other.data_ptr() for other in result.values())
+            result[named(name)] = weight.clone() if taken else weight  # some writers refuse tied weights
     return result
 
 
@@ -333,15 +358,19 @@ def _plan(
     places = {key: own for key, own in places.items() if key not in made}
     base_weights = {n: n for n in embedding_weights(model)}
     inner = getattr(getattr(model, "get_base_model", lambda: model)(), "base_model_prefix", "")
-    followers = _followers(model)
+    start_of_followers = followers(model)
     result = LoadResult()
     assignments: list[tuple[str, torch.Tensor]] = []
     problems, dtypes = [], []
     found = set()
+    used: dict[int, torch.Tensor] = {}
+    followed: dict[str, torch.Tensor] = {}
+    clashes: list[str] = []
     for key, tensor in tensors.items():
         file_key = placed(key, places, inner) or placed(key, base_weights)
-        left_out = _is_leftover(key) or placed(key, made) or key.removeprefix(PREFIX).startswith(followers)
+        left_out = _is_leftover(key) or placed(key, made) or key.removeprefix(PREFIX).startswith(start_of_followers)
         if file_key is None and left_out:
+            followed[key] = tensor
             continue
         if file_key is None:
             result.unexpected_keys.append(key)
@@ -356,6 +385,10 @@ def _plan(
             result.mismatched_keys.append(key)
         else:
             assignments.append((own_key, tensor))
+            twin = used.setdefault(id(current), tensor)  # of modules that share a parameter each has a key
+            if twin is not tensor and not torch.equal(twin, tensor):
+                clashes.append(key)
+    _report_clashes(model, adapter_name, clashes, followed, lambda key: placed(key, places, inner), tensors)
     if problems and not ignore_mismatched_sizes:
         raise MismatchError(
             f"Tensors of adapter {adapter_name!r} do not fit the model ({len(problems)}): {'; '.join(problems[:4])}. The adapter "
@@ -366,13 +399,44 @@ def _plan(
             f"Tensors of adapter {adapter_name!r} have types that are no weights ({len(dtypes)}): {'; '.join(dtypes[:4])}. "
             "The file is damaged, or was not written as an adapter."
         )
-    result.missing_keys = [k for k in places if k not in found]
+    result.missing_keys = [k for k, own in places.items() if k not in found and id(_tensor(model, own)) not in used]
     return result, assignments
 
 
+def _report_clashes(
+    model: nn.Module,
+    adapter_name: str,
+    clashes: list[str],
+    followed: Mapping[str, torch.Tensor],
+    place_of: Callable[[str], str | None],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Say where a file has other values for modules that share a weight.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+        clashes: Keys found so far.
+        followed: Tensors that are not read, since they repeat what the file holds of the layer that is followed.
+        place_of: The key by which the model knows a key of the file.
+        tensors: All tensors of the file.
+    """
+    again = repeats(model, adapter_name, {place_of(k) or k: t for k, t in tensors.items()}) if followed else {}
+    for key, tensor in followed.items():
+        other = again.get(placed(key, dict.fromkeys(again, "")) or "")
+        if other is not None and (other.shape != tensor.shape or not torch.equal(other, tensor)):
+            clashes.append(key)
+    if clashes:
+        doubt(
+            f"The tensors given for adapter {adapter_name!r} hold other values for {shorten(clashes, 4)} than for the module whose weight "
+            "is shared there: only one of them is used. Was the adapter trained on a model without tied weights?"
+        )
+
+
 def _carry_out(model: nn.Module, assignments: list[tuple[str, torch.Tensor]], adapter_name: str) -> None:
+    made: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}
     for own_key, tensor in assignments:
-        _assign(model, own_key, tensor)
+        _assign(model, own_key, tensor, made)
     _materialise(model, adapter_name)
 
 
@@ -404,7 +468,7 @@ def placed(key: str, places: Mapping[str, str], inner: str = "") -> str | None:
     return None
 
 
-def _followers(model: nn.Module) -> tuple[str, ...]:
+def followers(model: nn.Module) -> tuple[str, ...]:
     """Starts of the keys of tied layers: some writers give them too the tensors that they share."""
     tied = (n for n, layer in adapted_modules(model) if isinstance(layer, AdapterLayer) and layer.follows is not None)
     return tuple(f"{file_prefix(name).removeprefix(PREFIX)}." for name in tied)
@@ -429,17 +493,37 @@ def _tensor(model: nn.Module, own_key: str) -> torch.Tensor:
     return getattr(module, leaf)
 
 
-def _assign(model: nn.Module, own_key: str, tensor: torch.Tensor) -> None:
+def _assign(
+    model: nn.Module,
+    own_key: str,
+    tensor: torch.Tensor,
+    made: dict[int, tuple[torch.Tensor, nn.Parameter]] | None = None,
+) -> None:
+    """Write a value, or put it in the place of a tensor on the meta device.
+
+    Args:
+        model: The model.
+        own_key: Which.
+        tensor: The value.
+        made: Parameters that were replaced so far and what replaced them, by the former's identity: modules that shared one go on
+            sharing.
+    """
     module, leaf = _holder(model, own_key)
     current = getattr(module, leaf)
     if current.device.type != "meta":
         fill(current, tensor)
         return
+    if made is not None and id(current) in made:
+        module.register_parameter(leaf, made[id(current)][1])
+        return
     owner = _owner(model, own_key)
     device = owner.device_and_dtype()[0] if hasattr(owner, "device_and_dtype") else _real_device(owner)
     value = tensor.detach().to(device=device, dtype=current.dtype)
     if isinstance(current, nn.Parameter):
-        module.register_parameter(leaf, nn.Parameter(value, requires_grad=current.requires_grad))
+        parameter = nn.Parameter(value, requires_grad=current.requires_grad)
+        module.register_parameter(leaf, parameter)
+        if made is not None:
+            made[id(current)] = current, parameter
     else:
         module.register_buffer(leaf, value)
 

@@ -42,7 +42,10 @@ def seal(path: str, expected: Mapping[str, tuple[int, ...]]) -> None:
         found = {k: tuple(v["shape"]) for k, v in header.items() if k != "__metadata__"}
         last = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
         if found != dict(expected) or len(content) != end + last:
-            raise OSError(f"What was written to {path!r} is not what had to be; is the disk in order?")
+            raise OSError(
+                f"What was written to {path!r} is not what had to be, so nothing was saved, and what was there is as it was. Is the disk "
+                "in order?"
+            )
         # Two entries come out in random order: one order makes equal adapters equal files.
         entries = (b'"format":"pt"', f'"{KEY}":"{_BLANK}"'.encode())
         raw = bytes(content[8:end]).replace(b",".join(reversed(entries)), b",".join(entries))

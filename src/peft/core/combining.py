@@ -124,9 +124,12 @@ def combine(
             parts.append(_like_sources(share, how.parts(share, config)))
         except ValueError as error:
             raise ValueError(f"Cannot combine {shorten(share.names)} on {share.target!r}: {error}") from error
+    followers = _followers(model, shares)
     how.check(shares, parts)
     for share, made in zip(shares, parts, strict=True):
         share.layer.install(adapter_name, made)
+        for follower in followers.get(id(share.layer), ()):
+            follower.install(adapter_name, Parts())
     known[adapter_name] = config
 
 
@@ -139,7 +142,7 @@ def _shares(model: nn.Module, names: list[str], weights: list[float], layer_cls:
     shares = []
     for name, module in adapted_modules(model):
         here = [(n, w) for n, w in zip(names, weights, strict=True) if module.has_adapter(n)]
-        if not here:
+        if not here or (isinstance(module, AdapterLayer) and isinstance(module.follows, layer_cls)):
             continue
         if isinstance(module, layer_cls):
             shares.append(Share(file_prefix(name), module, [n for n, _ in here], [w for _, w in here]))
@@ -153,6 +156,29 @@ def _shares(model: nn.Module, names: list[str], weights: list[float], layer_cls:
                 f"Cannot combine {shorten(n for n, _ in here)}: they train {name!r}, a {type(module).__name__}."
             )
     return shares
+
+
+def _followers(model: nn.Module, shares: Sequence[Share]) -> dict[int, list[AdapterLayer]]:
+    """The layers that share a weight with those of the adapters and follow them, by the identity of the layer followed.
+
+    Raises:
+        ValueError: They follow some of the adapters only.
+    """
+    found: dict[int, list[AdapterLayer]] = {}
+    by_layer = {id(share.layer): share for share in shares}
+    for name, module in adapted_modules(model):
+        share = by_layer.get(id(getattr(module, "follows", None)))
+        if share is None or not isinstance(module, AdapterLayer):
+            continue
+        tied = [n for n in share.names if module.has_adapter(n)]
+        if tied and tied != share.names:
+            raise ValueError(
+                f"Cannot combine {shorten(share.names)}: of these only {shorten(tied)} act on {name!r} too, which shares its weight with "
+                f"{share.target!r}. Combine adapters that agree in ensure_weight_tying."
+            )
+        if tied:
+            found.setdefault(id(share.layer), []).append(module)
+    return found
 
 
 def _like_sources(share: Share, parts: Parts) -> Parts:

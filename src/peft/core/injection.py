@@ -27,7 +27,7 @@ from .targets import (
     find_targets,
     shortest_names,
 )
-from .tied import TiedLayer, sharing
+from .tied import TiedLayer, by_weight, follower, leaders, tied_modules, tied_to
 from .token_rows import TokenRowsLayer, find_token_rows
 
 if TYPE_CHECKING:
@@ -93,11 +93,14 @@ def inject(
     with replicated(model, config, known):
         names = getattr(config, "modules_to_save", None) or tuner_cls.default_heads(config)
         heads = find_modules_to_save(model, list(names)) if names else {}
+        heads |= _tied_heads(model, config, heads)
         placements, values = tuner_cls.plan(model, config, heads, on_meta, state_dict, autocast_adapter_dtype)
         _check_sharded(config, placements)
         _check_bias(config, known)
         fit_head(model, config, heads)
-        copies = {name: _copy(module, on_meta) for name, module in heads.items()}
+        first_of = leaders(heads) if getattr(config, "ensure_weight_tying", False) else {}
+        memos: dict[str, dict[int, Any]] = {name: {} for name in heads}
+        copies = {name: _copy(module, on_meta, memos[first_of.get(name, name)]) for name, module in heads.items()}
 
     # From here on nothing fails.
     for field, value in values.items():
@@ -196,7 +199,7 @@ def plan_layers(
     if isinstance(targets, str) and (targets.lower() == ALL_LINEAR or filtered):
         # Names say it all; a configuration cannot have both an expression and a choice of layers.
         targets = shortest_names(places, base_modules(model))
-    placements = _build(model, config, tuner_cls, places, on_meta, autocast_adapter_dtype)
+    placements = _build(model, config, tuner_cls, places, heads, on_meta, autocast_adapter_dtype)
     _check_patterns(config, places)
     return placements, {"target_modules": targets}
 
@@ -206,11 +209,17 @@ def _build(
     config: Any,
     tuner_cls: type[BaseTuner],
     places: dict[str, nn.Module],
+    heads: dict[str, nn.Module],
     on_meta: bool,
     autocast_adapter_dtype: bool,
 ) -> list[Placed]:
     placements = []
     modules = base_modules(model)
+    shared = by_weight(modules)
+    if getattr(config, "ensure_weight_tying", False):
+        for name in list(places):  # of tied modules the first is adapted, the others follow
+            if name in places:
+                places = {n: m for n, m in places.items() if n not in tied_modules(shared, name, places[name])}
     attaches = tuner_cls.layer_cls.attached_as is not None
     wanted = [(n, m, tuner_cls.layer_cls, tuner_cls.make_layer, attaches) for n, m in places.items()]
     wanted += [(n, m, TokenRowsLayer, TokenRowsLayer.wrap, False) for n, m in find_token_rows(model, config).items()]
@@ -235,19 +244,62 @@ def _build(
         except (ValueError, NotImplementedError, PeftError) as error:
             raise type(error)(f"Cannot adapt {name!r}: {error}") from error
         placements.append(Placed(name, layer, is_new, parts, source))
-    return placements + _tied(model, placements, outermost)
+    return placements + _tied(config, placements, outermost, shared, heads)
 
 
-def _tied(model: nn.Module, placements: list[Placed], outermost: dict[str, nn.Module]) -> list[Placed]:
-    """Layers that follow the new ones, on the modules that share their weight."""
-    followers = []
+def _tied(
+    config: Any,
+    placements: list[Placed],
+    outermost: dict[str, nn.Module],
+    shared: Mapping[int, Mapping[str, nn.Module]],
+    heads: Mapping[str, nn.Module],
+) -> list[Placed]:
+    """Layers that follow the adapted ones, on the modules that share their weight."""
+    followers, apart = [], {}
+    wanted = getattr(config, "ensure_weight_tying", None)
     for place in placements:
-        if place.is_new and isinstance(place.layer, AdapterLayer) and place.layer.ties:
-            for name, module in sharing(model, place.layer.get_base_layer()).items():
-                layer = outermost[name] = TiedLayer(outermost.get(name, module), place.layer)
-                layer.training = module.training
-                followers.append(Placed(name, layer, True, Parts(), None))
+        layer = place.layer
+        if not isinstance(layer, AdapterLayer) or not layer.kind.has_matrix:
+            continue
+        others = tied_modules(shared, place.name, layer)
+        if others and not (layer.ties or wanted):
+            apart[place.name] = sorted(others)
+            continue
+        for name, module in others.items():
+            outer = outermost.get(name, module)
+            twin = follower(outer, layer)
+            is_new = twin is None
+            if twin is None:
+                twin = outermost[name] = TiedLayer(outer, layer)
+                twin.training = module.training
+            followers.append(Placed(name, twin, is_new, Parts(), None))
+    if apart and wanted is False:
+        listed = "; ".join(f"{name!r} with {shorten(others)}" for name, others in apart.items())
+        doubt(
+            f"Adapted modules share their weight with others ({listed}), to which the change does not apply, so it cannot be merged. "
+            "Set ensure_weight_tying=True to change the weight for all of them, or untie the weights."
+        )
+    if wanted and not followers and not _any_tied(heads):
+        doubt(
+            "ensure_weight_tying=True, but no module that the adapter trains shares its weight with another: there is nothing to tie."
+        )
     return followers
+
+
+def _tied_heads(model: nn.Module, config: Any, heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Further modules to train in full, since they share a weight with those named and are to go on doing so."""
+    wanted = getattr(config, "ensure_weight_tying", None)
+    others = tied_to(heads, base_modules(model)) if heads and wanted is not None else {}
+    if wanted is False and (others or _any_tied(heads)):
+        doubt(
+            f"Weights of modules_to_save are shared ({shorten([*heads, *others])}), and each module that is trained gets a copy of "
+            "its own: the model is no longer tied. Set ensure_weight_tying=True to train the shared weight."
+        )
+    return others if wanted else {}
+
+
+def _any_tied(heads: Mapping[str, nn.Module]) -> bool:
+    return any(name != first for name, first in leaders(heads).items())
 
 
 def _layer_on(module: nn.Module, layer_cls: type[AdapterLayer]) -> AdapterLayer | None:
@@ -282,13 +334,13 @@ def _outside_heads(places: dict[str, nn.Module], heads: dict[str, nn.Module]) ->
     return {n: m for n, m in places.items() if n not in inside}
 
 
-def _copy(module: nn.Module, on_meta: bool) -> nn.Module:
-    """A copy of a module to save; on meta its parameters are shapes only."""
+def _copy(module: nn.Module, on_meta: bool, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a module to save; on meta its parameters are shapes only. Copies made with one ``memo`` share what they shared."""
     if isinstance(module, ModulesToSaveWrapper):
         module = module.original_module
-    memo: dict[int, Any] = {}
     if on_meta:
-        memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+        for p in module.parameters():
+            memo.setdefault(id(p), nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
     hooks = module.__dict__.get("_hf_hook")
     twin = copy.deepcopy(module, memo)
     if hooks is not None:

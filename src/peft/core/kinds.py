@@ -26,6 +26,9 @@ class LayerKind:
     takes_indices = False
     """Whether the layer's input is a tensor of indices, which can be neither scaled nor dropped out."""
 
+    transposed = False
+    """Whether the matrix is the transpose of the weight as the layer stores it."""
+
     has_matrix = True
     """Whether the layer has a weight that can be seen as a matrix; without one only its output can be worked on."""
 
@@ -168,6 +171,7 @@ class Conv1DKind(LinearKind):
     """transformers' ``Conv1D``, a linear layer whose weight is stored as (in_features, out_features)."""
 
     name = "Conv1D"
+    transposed = True
 
     def matches(self, layer: nn.Module) -> bool:
         return is_transformers_conv1d(layer) and has_plain_weight(layer)
@@ -191,6 +195,7 @@ class EmbeddingKind(LayerKind):
 
     name = "Embedding"
     takes_indices = True
+    transposed = True
 
     def matches(self, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Embedding) and has_plain_weight(layer)

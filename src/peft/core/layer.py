@@ -7,7 +7,7 @@ faster way to apply it than through ΔW.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -210,6 +210,19 @@ class AdapterLayer(BaseTunerLayer):
             layer: The other layer, whose input and output ``x`` and ``y`` are; for the rest see :meth:`after`.
         """
         return AdapterLayer.after(layer, name, x, y, earlier)
+
+    def repeated(self, layer: AdapterLayer, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What files hold of a layer that shares this one's weight and adapter, for readers that look for it there.
+
+        Args:
+            layer: The other layer.
+            name: The adapter.
+            tensors: What files hold of this layer, by key.
+
+        Returns:
+            Tensors by key of the other layer, made from these; none where files name the adapter once.
+        """
+        return {}
 
     # -- forward ---------------------------------------------------------------------------------------------------
 

@@ -304,23 +304,36 @@ def check_mergeable(model: nn.Module, layers: Sequence[tuple[str, AdapterLayer, 
     Raises:
         ValueError: With the name of the first layer that cannot be merged, and the reason.
     """
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    followers = set()
+    owners: dict[Any, list[tuple[str, nn.Module]]] = {}
+    followers: dict[tuple[int, int], AdapterLayer] = {}
     for module_name, module in model.named_modules(remove_duplicate=True):
-        if module.__dict__.get("follows") is not None:
-            followers.add((id(module.get_base_layer()), id(module.follows)))  # type: ignore[operator]
+        if (source := module.__dict__.get("follows")) is not None:
+            followers[id(module.get_base_layer()), id(source)] = module  # type: ignore[assignment, operator]
+            asked = [n for _, layer, names in layers if layer is source for n in names if module.has_adapter(n)]  # type: ignore[operator]
+            if asked and not module.is_tied:
+                raise ValueError(
+                    f"Cannot merge {shorten(asked)}: {module_name!r} was tied to an adapted module and has a weight of its own now, into "
+                    "which nothing would be merged. Tie the weights again: call tie_weights() before adapting the model."
+                )
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append((f"{module_name}.{key}" if module_name else key, module))
+                owners.setdefault(_identity(parameter), []).append(
+                    (f"{module_name}.{key}" if module_name else key, module)
+                )
     for name, layer, names in layers:
         if (reason := layer.why_not_mergeable(names)) is not None:
             raise ValueError(f"Cannot merge {shorten(names)} into {name!r}: {reason}.")
         base = layer.get_base_layer()
-        sharing = [n for n, m in owners.get(id(base.weight), []) if (id(m), id(layer)) not in followers]
+        sharing = []
+        for owner, module in owners.get(_identity(base.weight), []):  # type: ignore[arg-type]
+            twin = followers.get((id(module), id(layer)))
+            if twin is None or not all(map(twin.has_adapter, names)):
+                sharing.append(owner)
         if len(sharing) > 1:
             raise ValueError(
                 f"Cannot merge {shorten(names)} into {name!r}: its weight is tied ({', '.join(sharing)}), so merging would "
-                "change the other module too. Untie them first: set config.tie_word_embeddings = False and give one of "
+                "change the other module too. Adapters trained with ensure_weight_tying=True act on both and can be merged; for this "
+                "one untie them first: set config.tie_word_embeddings = False and give one of "
                 "them its own copy, e.g. `module.weight = torch.nn.Parameter(module.weight.clone())`."
             )
     _check_order(layers)
@@ -329,6 +342,12 @@ def check_mergeable(model: nn.Module, layers: Sequence[tuple[str, AdapterLayer, 
         doubt(
             f"Weights with merged adapters were changed since: {shorten(bad)}. Unmerging them will subtract and round."
         )
+
+
+def _identity(parameter: torch.Tensor) -> Any:
+    """What parameters have in common that are one, or share their memory."""
+    place = parameter.data_ptr() if type(parameter.data) is torch.Tensor and parameter.device.type != "meta" else 0
+    return (parameter.device, place) if place else id(parameter)
 
 
 def _layers_below(layer: AdapterLayer) -> list[AdapterLayer]:

@@ -71,7 +71,7 @@ def swap(model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_name: st
     swaps = [
         _plan(name, layer, adapter_name, config, given)
         for name, layer in adapted_modules(model)
-        if layer.has_adapter(adapter_name)
+        if layer.has_adapter(adapter_name) and not (isinstance(layer, AdapterLayer) and layer.follows is not None)
     ]
     biases = [(p, given[n]) for n, p in bias_parameters(model, old, adapter_name).items() if n in given]
     # From here on nothing fails.
@@ -131,7 +131,10 @@ def _by_place(model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_nam
     for file_key, own_key, _ in checkpoints.adapter_tensors(model, adapter_name):
         places |= {own_key: file_key, file_key: file_key}  # some callers give keys of the model
     found = {key: checkpoints.placed(key, places) for key in tensors}
-    unexpected = [key for key, place in found.items() if place is None]
+    again = checkpoints.followers(model)
+    unexpected = [
+        k for k, place in found.items() if place is None and not k.removeprefix(checkpoints.PREFIX).startswith(again)
+    ]
     if unexpected:
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {shorten(unexpected)}. An adapter can be "

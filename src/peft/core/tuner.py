@@ -23,6 +23,7 @@ from .kinds import kind_of
 from .layer import AdapterLayer
 from .replication import restore
 from .targets import resolve_defaults
+from .tied import embeddings_are_tied
 from .token_rows import TokenRowsLayer
 
 
@@ -291,6 +292,7 @@ class BaseTuner(nn.Module):
         from tqdm import tqdm
 
         names = self.active_adapters if merged is None else list(merged)
+        tied = embeddings_are_tied(self.model)
         places = [(n, m) for n, m in adapted_modules(self.model) if not n.endswith(".base_layer")]
         for name, layer in tqdm(
             places, disable=not progressbar, desc="Unloading" if not names else "Merging and unloading"
@@ -308,11 +310,27 @@ class BaseTuner(nn.Module):
                     "The model itself is one adapted layer; there is no place to put the plain layer back."
                 )
             layer.leave(self.model, name, base)
+        if tied and not embeddings_are_tied(self.model):
+            self._untie()
         if not names:  # what is merged stays as deep as it was trained
             restore(self.model)
         with contextlib.suppress(AttributeError):
             del self.model.peft_config
         return self.model
+
+    def _untie(self) -> None:
+        """Write into the model's configuration that its embeddings are no longer tied, so that saving it keeps both."""
+        config = getattr(self.model, "config", None)
+        configs = [c for c in (config, getattr(config, "get_text_config", lambda: None)()) if c is not None]
+        if any(getattr(c, "tie_word_embeddings", False) for c in configs):
+            for each in configs:
+                each.tie_word_embeddings = False
+            warnings.warn(
+                "The input and output embeddings were tied, and one of them was trained in full: they are two weights now, and "
+                "config.tie_word_embeddings is set to False. To keep them tied, train with ensure_weight_tying=True.",
+                PeftWarning,
+                stacklevel=4,
+            )
 
     # -- the module ------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class Magnitude(Rule):
         a, b, m = factors
         v = torch.addmm(weight, b, a, alpha=self.scale, out=workspace(0, weight))
         norms = notes[0] if notes else torch.linalg.vector_norm(v.detach().contiguous(), dim=1)
+        norms = norms.masked_fill(norms == 0, 1.0)  # a row of zeros stays one
         c = (m / norms)[:, None]
         return (v * c if torch.is_grad_enabled() else v.mul_(c)), (norms,)
 

@@ -14,6 +14,7 @@ from ...config import PeftType, WeightConfig
 from ...core.ranked import DroppingLayer
 from ...core.tuner import BaseTuner
 from ...kernels.kronecker import add_kronecker, kronecker_linear, kronecker_stacked
+from ...kernels.splitting import factorization
 from ...kernels.tucker import core_size, tucker
 
 
@@ -42,6 +43,8 @@ class LoKrConfig(WeightConfig):
         layers_to_transform: Numbers of the layers to adapt.
         layers_pattern: Name of the list that holds the layers, where it is not found by itself.
         modules_to_save: Modules trained in full and saved with the adapter.
+        w1_shapes: Shapes [out₁, in₁] of w1 that differ from what ``decompose_factor`` gives, by name, suffix or regular expression;
+            some files of LyCORIS need it. Written only when set.
 
     Raises:
         ValueError: A field has an impossible value.
@@ -63,6 +66,11 @@ class LoKrConfig(WeightConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    w1_shapes: dict | None = field(default=None, kw_only=True)
+
+    _optional_keys = (*WeightConfig._optional_keys, "w1_shapes")
+    _pattern_fields = (*WeightConfig._pattern_fields, "w1_shapes")
+    _pair_fields = ("w1_shapes",)
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LOKR
@@ -71,23 +79,6 @@ class LoKrConfig(WeightConfig):
         self.check_probability("module_dropout")
         if self.decompose_factor <= 0 and self.decompose_factor != -1:
             raise ValueError(f"`decompose_factor` should be a positive integer or -1, got {self.decompose_factor!r}.")
-
-
-def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Split a dimension into two factors.
-
-    Args:
-        dimension: The number to split.
-        factor: The first of the two where it divides the number, else a bound of it; -1: no bound.
-
-    Returns:
-        ``(m, n)`` with m · n = dimension. Where ``factor`` does not give m, m ≤ n, as near to each other as the bound allows.
-    """
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    bound = math.isqrt(dimension) if factor <= 0 else min(factor, math.isqrt(dimension))
-    smaller = next(m for m in range(bound, 0, -1) if dimension % m == 0)
-    return smaller, dimension // smaller
 
 
 class LoKrLayer(DroppingLayer):
@@ -100,14 +91,29 @@ class LoKrLayer(DroppingLayer):
     """
 
     parameter_slots = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    other_param_names = (*DroppingLayer.other_param_names, "w1_shape")  # type: ignore[assignment]
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.w1_shape: dict[str, tuple[int, int]] = {}
+
+    def settings(self, config: LoKrConfig, target: str) -> dict[str, Any]:
+        base = self.get_base_layer()
+        rows, columns = self.kind.shape(base)
+        sizes = rows, columns // math.prod(getattr(base, "kernel_size", ()))
+        split = tuple(factorization(n, config.decompose_factor)[0] for n in sizes)
+        shape = tuple(config.pattern_value("w1_shapes", target, split))
+        if any(size % n for n, size in zip(shape, sizes, strict=True)):
+            raise ValueError(f"w1_shapes gives it a w1 of shape {shape}, which does not divide the layer's {sizes}")
+        return super().settings(config, target) | {"w1_shape": shape}
 
     def shapes(self, config: LoKrConfig, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         r, base = settings["r"], self.get_base_layer()
         rows, columns = self.kind.shape(base)
         kernel: tuple[int, ...] = getattr(base, "kernel_size", ())
         area = math.prod(kernel)
-        out_1, out_2 = factorization(rows, config.decompose_factor)
-        in_1, in_2 = factorization(columns // area, config.decompose_factor)
+        out_1, in_1 = settings["w1_shape"]
+        out_2, in_2 = rows // out_1, columns // area // in_1
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (out_1, in_1)}
         if config.decompose_both and 2 * r < max(out_1, in_1):
             shapes = {"lokr_w1_a": (out_1, r), "lokr_w1_b": (r, in_1)}
@@ -136,6 +142,8 @@ class LoKrLayer(DroppingLayer):
 
     def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
         w1, inner, outer = self.factors(name)
+        if self._is_reordered(name):
+            return torch.kron(w1, self.lokr_w2[name]).reshape(self.matrix_shape) * self.scaling[name]
         # In a convolution the kernel is the fastest index of the columns, so that this is its Kronecker product too.
         return torch.kron(w1, outer if inner is None else outer @ inner) * self.scaling[name]
 
@@ -143,10 +151,14 @@ class LoKrLayer(DroppingLayer):
         w1, inner, outer = self.factors(name)
         if self.kind.is_matrix_product:
             return add_kronecker(y, self.cast_input(x, w1.dtype), w1, inner, outer, self.scaling[name], self.memo)
-        if self.kind.takes_indices or self.get_base_layer().groups > 1:
+        if self.kind.takes_indices or self.get_base_layer().groups > 1 or self._is_reordered(name):
             return super().add(name, x, y)
         product = self._convolved(self.cast_input(x, w1.dtype), w1, inner, outer) * self.scaling[name]
         return product if y is None else y + product
+
+    def _is_reordered(self, name: str) -> bool:
+        """Whether the weight has the entries of w1 ⊗ w2 in another order: files pair w1 with the last two of a Conv1d's whole w2."""
+        return self.kind.name == "Conv1d" and name in self.lokr_w2
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         w1, inner, outer = self.factors(name)

@@ -58,6 +58,8 @@ class LoraConfig(WeightConfig):
             share the weight follow.
         use_dora: Adapt the weight's magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
         lora_bias: Give B a trained bias, which merging adds to the layer's.
+        ensure_weight_tying: Modules that share the weight of an adapted one, or of one in ``modules_to_save``, get the same change: an
+            embedding and the head tied to it stay tied, and the adapter can be merged.
 
     The other fields are those of the field's common configuration. Any that is not built yet raises ``NotImplementedError`` when it
     is set; none is ignored.
@@ -106,10 +108,10 @@ class LoraConfig(WeightConfig):
     _not_built = (
         "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
         "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "target_parameters",
-        "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
+        "use_bdlora", "arrow_config", "kasa_config",
     )  # fmt: skip
 
-    swap_keys = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token_indices")
+    swap_keys = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token_indices", "ensure_weight_tying")
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA

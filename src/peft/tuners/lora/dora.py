@@ -31,10 +31,8 @@ class Dora(Plain):
     needs_weight = True
 
     def shapes(self, layer: LoraLayer) -> dict[str, tuple[int, ...]]:
-        out_features = layer.out_features
-        return {
-            SLOT: tuple(layer.kind.channels(layer.get_base_layer(), torch.empty(out_features, device="meta")).shape)
-        }
+        channels = layer.kind.channels(layer.get_base_layer(), torch.empty(layer.out_features, device="meta"))
+        return {SLOT: (*(() if layer.kind.features_last else (1,)), *channels.shape)}  # files have it as the output is
 
     def check(self, layer: LoraLayer, config: Any) -> None:
         base = layer.get_base_layer()
@@ -115,9 +113,13 @@ class Dora(Plain):
         return y * scale if bias is None else torch.addcmul(bias * (1 - scale), y, scale)
 
     def scale(self, layer: LoraLayer, name: str, norms: torch.Tensor) -> torch.Tensor:
-        """m / ‖V‖, shape (out_features,)."""
+        """m / ‖V‖, shape (out_features,); where a row of V is zero, as that of a padding token, it stays zero."""
         magnitude = layer.lora_magnitude_vector[name].weight.flatten()
-        return magnitude / norms.to(magnitude.dtype)
+        return magnitude / _nonzero(norms).to(magnitude.dtype)
+
+
+def _nonzero(norms: torch.Tensor) -> torch.Tensor:
+    return norms.masked_fill(norms == 0, 1.0)
 
 
 def row_norms(weight: torch.Tensor, change: torch.Tensor | None) -> torch.Tensor:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...core.kinds import has_plain_weight
+from ...core.layer import AdapterLayer
 from ...core.mixed import Groups
 from ...core.ranked import ScaledLayer, side_by_side
 from ...kernels.combining import pad_to
+from ...kernels.low_rank import add_low_rank
 from .dora import DORA
 from .starts import as_plain, decompose, orthogonal, reads_weight
 from .variants import PLAIN, Plain
+
+FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+"""Keys of A and B in files, on layers with a product and on embeddings."""
 
 
 class LoraLayer(ScaledLayer):
@@ -145,6 +150,30 @@ class LoraLayer(ScaledLayer):
         y = self.add_factors(x, y, a, b, scale, rate)
         bias = self.delta_bias(name, None)
         return y if bias is None else y + self.kind.channels(self.get_base_layer(), bias)
+
+    def after_tied(
+        self, layer: AdapterLayer, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()
+    ) -> torch.Tensor:
+        if self.variant(name) is not PLAIN:
+            return super().after_tied(layer, name, x, y, earlier)
+        a, b, scale = self.scaled_factors(name)
+        if layer.kind.transposed != self.kind.transposed:
+            a, b = b.T, a.T
+        x = layer.cast_input(x, a.dtype)
+        if layer.kind.is_matrix_product:
+            x, rate = self.dropout_of(name, x)
+            return add_low_rank(y, x, a, b, scale, rate)
+        base = layer.get_base_layer()
+        return y + layer.kind.mix(base, layer.kind.product(base, x, a), b) * scale
+
+    def repeated(self, layer: AdapterLayer, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        here, there = (FACTORS[k.takes_indices] for k in (self.kind, layer.kind))
+        if self.variant(name) is not PLAIN or not all(key in tensors for key in here):
+            return {}
+        a, b = (tensors[key] for key in here)
+        if layer.kind.transposed != self.kind.transposed:
+            a, b = b.T, a.T
+        return {key: t.clone(memory_format=torch.contiguous_format) for key, t in zip(there, (a, b), strict=True)}
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         return None if self.lora_bias[name] else self.variant(name).whole(self, name, x, weight, bias)

@@ -16,10 +16,8 @@ from ...core.holder import adapted_modules
 from ...core.tuner import BaseTuner
 from ...kernels.combining import SignMethod
 from .combining import LoraCombination
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from .layer import FACTORS, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .starts import as_plain, doubled_alpha, reads_weight
-
-FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 class LoraModel(BaseTuner):
