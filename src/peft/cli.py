@@ -39,6 +39,22 @@ class Friendly(TyperGroup):
         ctx.meta["debug"] = "--debug" in args or bool(os.environ.get("PEFT_DEBUG"))
         return super().parse_args(ctx, [a for a in args if a != "--debug"])
 
+    def main(self, args: Any = None, prog_name: str | None = "peft", standalone_mode: bool = True, **more: Any) -> Any:
+        """Say in one line what is wrong with a command, in place of a box of four."""
+        given = sys.argv[1:] if args is None else list(args)
+        if not standalone_mode or not given:
+            return super().main(args, prog_name, standalone_mode=standalone_mode, **more)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **more)
+        except UsageError as error:
+            where = error.ctx.command_path if getattr(error, "ctx", None) is not None else prog_name
+            said = error.format_message().rstrip(".")
+            _print_error(f"{said}{'' if said.endswith('?') else '.'} `{where} --help` tells more.")
+            code = error.exit_code
+        except typer.Abort:
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
@@ -57,16 +73,24 @@ class Friendly(TyperGroup):
                 raise
             message, code = _explain(error), 1
         if code != 130:
-            err.print("[bold red]Error:[/] ", end="")
-        err.print(message, markup=False)
+            _print_error(message)
+        else:
+            err.print(message, markup=False)
         raise typer.Exit(code)
+
+
+def _print_error(message: str) -> None:
+    err.print("[bold red]Error:[/] ", end="")
+    err.print(message, markup=False)
 
 
 def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"No space is left on the device for {error.filename or 'the result'}. Free some, or choose another folder with out=…"
+        return f"No space is left on the device for {error.filename or 'the result'}. Free some, or choose another folder."
     if isinstance(error, PermissionError):
-        return f"No permission to write {error.filename}. Choose another folder with out=…"
+        return f"No permission to write {error.filename}. Choose another folder."
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
     if isinstance(error, (ValueError, NotImplementedError, OSError)):
         return str(error)
     lines = str(error).strip().splitlines() or [""]
@@ -135,6 +159,7 @@ TaskOption = Annotated[str | None, typer.Option("--task", help="sequence-classif
 ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id, folder, .gguf file, packaged:minilm …")]
 DataOption = Annotated[str | None, typer.Option("--data", help="File, folder, Hub id, packaged:imdb …")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="`peft methods` lists them.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows at once.")]
 OutOption = Annotated[str | None, typer.Option("--out", help="Folder of the result.")]
 
 
@@ -160,6 +185,8 @@ def init(
         return
     if file.exists() and not force:
         raise ValueError(f"{file} exists. Choose another name, or --force to replace it.")
+    if not file.parent.is_dir():
+        raise ValueError(f"There is no folder {str(file.parent)!r} to write {file.name} into.")
     file.write_text(text, encoding="utf-8")
     out.print(f"{file} is written. Change what you like, then: peft train {file}")
 
@@ -258,8 +285,8 @@ def _show_metrics(metrics: dict[str, Any], title: str) -> None:
 def evaluate(
     folder: Folder,
     data: DataOption = None,
-    limit: Annotated[int | None, typer.Option(help="Measure on so many rows.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure on so many rows.")] = None,
+    batch_size: BatchSize = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a trained model: on the rows that its run held back, or on other data.
@@ -289,7 +316,7 @@ def predict(
         Path | None, typer.Option("--file", "-f", help="CSV, JSON lines, …; - reads lines from stdin.")
     ] = None,
     adapters: Annotated[str | None, typer.Option(help="Several runs on one base: name=folder,name=folder.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 32,
+    batch_size: BatchSize = 32,
 ) -> None:
     """Answer for new inputs: one JSON object a line.
 
@@ -320,7 +347,7 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="CSV, JSON lines, …; - reads lines from stdin.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer at most.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Length of an answer at most, in tokens.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
     temperature: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
@@ -335,6 +362,10 @@ def generate(
     from .recipes.predict import predict as answers_of
     from .recipes.runs import load_run
 
+    if temperature <= 0:
+        raise ValueError("--temperature should be above 0; without --sample the likeliest token is taken.")
+    if not 0 < top_p <= 1:
+        raise ValueError("--top-p should be above 0 and at most 1.")
     model, task = load_run(folder)
     if not task.generates:
         raise ValueError(f"A model for {task.name} generates no text; use `peft predict`.")

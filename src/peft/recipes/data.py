@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import did_you_mean
-from .errors import RecipeError
+from .errors import RecipeError, blame
 from .recipe import DataSection
-from .sources import Row, Table, read_source
+from .sources import SPLITS, Row, Table, read_source
 
 # Columns that a role is usually called by, the commonest first.
 USUAL = {
@@ -133,7 +133,8 @@ def load_splits(
         rows, limit = splits.get(split, []), getattr(section, f"{split}_rows")
         if limit is not None and limit > len(rows):
             raise RecipeError(
-                f"data.{split}_rows asks for {limit:,} rows, but {len(rows):,} are there. Ask for fewer, or leave it out."
+                f"data.{split}_rows asks for {limit:,} rows, but {len(rows):,} are there. Ask for fewer, or leave it out.",
+                f"data.{split}_rows",
             )
         splits[split], _ = draw(rows, limit if limit is not None else len(rows), group, rng)
     if not splits["train"]:
@@ -157,7 +158,8 @@ def load_rows(
 
 
 def _tables(section: DataSection) -> dict[str, Table]:
-    found = read_source(section.train, section.name)
+    with blame("data.train"):
+        found = read_source(section.train, section.name)
     tables: dict[str, Table] = {s: found[s] for s in ("train", "validation", "test") if s in found}
     if "train" not in tables:
         raise RecipeError(f"{section.train!r} has no split 'train'; it has {', '.join(found)}.")
@@ -168,8 +170,13 @@ def _tables(section: DataSection) -> dict[str, Table]:
         if isinstance(asked, str) and asked in found:
             tables[split] = found[asked]
         else:
-            source = read_source(asked, section.name)
-            tables[split] = source.get(split) or source["train"]
+            with blame(f"data.{split}"):
+                if isinstance(asked, str) and asked in SPLITS:
+                    raise RecipeError(
+                        f"data.{split} is {asked!r}, but {section.train!r} has no such split; it has {', '.join(found)}."
+                    )
+                source = read_source(asked, section.name)
+            tables[split] = source.get(split) or next(iter(source.values()))
     return tables
 
 
@@ -188,12 +195,15 @@ def find_columns(table: Table, given: dict[str, Any], roles: Roles) -> dict[str,
     for role, column in given.items():
         if role not in roles.all:
             raise RecipeError(
-                f"data.columns.{role} has no meaning for this task; its roles are {', '.join(sorted(roles.all))}."
+                f"data.columns.{role} has no meaning for this task; its roles are {', '.join(sorted(roles.all))}.",
+                f"data.columns.{role}",
             )
         for name in [column] if isinstance(column, str) else column:
             if name not in there:
                 hint = did_you_mean(name, there) or f"; its columns are {', '.join(there)}."
-                raise RecipeError(f"data.columns.{role}: {table.origin} has no column {name!r}{hint}")
+                raise RecipeError(
+                    f"data.columns.{role}: {table.origin} has no column {name!r}{hint}", f"data.columns.{role}"
+                )
     lower = {name.lower(): name for name in there}
 
     def column_of(role: str, taken: set[str]) -> Any:

@@ -116,7 +116,7 @@ def method_info(name: str) -> MethodInfo:
     asked = name.lower().replace("_", "-")
     if asked not in known:
         hint = did_you_mean(asked, known) or "."
-        raise RecipeError(f"There is no method {name!r}{hint} Built are {', '.join(known)}.")
+        raise RecipeError(f"There is no method {name!r}{hint} Built are {', '.join(known)}.", "method.name")
     return known[asked]
 
 
@@ -142,15 +142,20 @@ def build_config(section: MethodSection, task_type: str | None) -> Any:
     info = method_info(section.name)
     if info.peft_type is None:
         if section.options:
-            raise RecipeError(f"method.{next(iter(section.options))}: the method {info.name!r} has no options.")
+            key = f"method.{next(iter(section.options))}"
+            raise RecipeError(f"{key}: the method {info.name!r} has no options.", key)
         return None
     known = {f.name for f in dataclasses.fields(info.config_cls) if f.init} - {"task_type", "peft_type"}
     for option in section.options:
         if option not in known:
             hint = did_you_mean(option, known) or f". Its options are {', '.join(sorted(known))}."
-            raise RecipeError(f"method.{option}: the method {info.name!r} has no such option{hint}")
+            raise RecipeError(
+                f"method.{option}: the method {info.name!r} has no such option{hint}", f"method.{option}"
+            )
     start = {k: v for k, v in START.get(info.peft_type, {}).items() if k in known}
     try:
         return info.config_cls(task_type=task_type, **{**start, **info.options, **section.options})
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise RecipeError(f"method {info.name!r}: {error}") from None
+        # Messages of configurations name the field, in backticks.
+        named = next((o for o in section.options if f"`{o}`" in str(error)), "name")
+        raise RecipeError(f"method {info.name!r}: {error}", f"method.{named}") from None

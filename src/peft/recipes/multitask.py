@@ -41,10 +41,7 @@ def finetune_tasks(recipe: Recipe, *, resume: bool, overwrite: bool, tell: Any, 
     reports = {}
     for name, entry in recipe.tasks.items():
         tell(f"— {name}: {entry.task} —")
-        one = Recipe(
-            task=entry.task, model=recipe.model, method=entry.method or recipe.method, data=entry.data, seed=recipe.seed,
-            training=entry.training or recipe.training, generation=recipe.generation, out=str(folder / name),
-        )  # fmt: skip
+        one = recipe.entry(name)
         reports[name] = finetune(one, resume=resume, overwrite=overwrite, tell=tell, advance=advance).report
     report = {"tasks": reports, "costs": list(_costs(folder, reports)), "history": [], "test": None, "validation": None}
     write_atomically(folder, {METRICS_FILE: json.dumps(report, indent=1, default=float).encode()})
@@ -117,11 +114,11 @@ class SharedBase:
     def _add(self, name: str, folder: Path, head: Any, section: Any, transformers: Any) -> None:
         """Put an adapter into the encoder, and its head beside it."""
         config = PeftConfig.from_pretrained(folder)
-        prefix = head.base_model_prefix
+        prefix, parts = head.base_model_prefix, models.head_names(head)
         inner, outer = {}, {}
         for key, tensor in load_peft_weights(folder, device="cpu").items():
-            bare = key.removeprefix(KEYS)
-            if key.startswith(KEYS) and not bare.startswith(f"{prefix}."):
+            bare = key.removeprefix("base_model.").removeprefix("model.")  # prompts write one of the two
+            if bare.partition(".")[0] in parts:
                 outer[bare] = tensor
             else:
                 inner[key.replace(f"{KEYS}{prefix}.", KEYS, 1)] = tensor

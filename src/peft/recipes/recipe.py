@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
-from collections.abc import Iterator, Sequence
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +17,15 @@ need("pydantic", "A recipe")
 
 import pydantic  # noqa: E402
 import yaml  # noqa: E402
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator  # noqa: E402
+from pydantic import (  # noqa: E402
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from ..core.errors import did_you_mean  # noqa: E402
 
@@ -27,6 +39,24 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: Any) -> Any:
+        """``epochs: yes`` is a slip, and pydantic would take it for 1."""
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError(f"it is {str(value).lower()}; it should be a number")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows."""
+    return (
+        set(typing.get_args(annotation))
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else {annotation}
+    )
 
 
 class ModelSection(Section):
@@ -169,6 +199,7 @@ class Recipe(Section):
         training: How it learns.
         generation: How it generates text.
         tasks: Several tasks on one base, by adapter name.
+        examples: Inputs to answer when training has ended.
         out: Folder of the result.
         seed: Of the splits, the order, the new weights.
     """
@@ -180,16 +211,64 @@ class Recipe(Section):
     training: TrainingSection = Field(default_factory=lambda: TrainingSection())
     generation: GenerationSection = Field(default_factory=lambda: GenerationSection())
     tasks: dict[str, TaskEntry] = Field(default_factory=dict)
+    examples: list[str] = Field(
+        default_factory=list, description="texts to answer when training has ended (JSON objects for several columns)"
+    )
     out: str = Field(
         "runs/{task}-{method}", description="folder of the result; {task}, {method} and {seed} are filled in"
     )
     seed: int = 0
+    _source: str = PrivateAttr("")
+    _lines: dict[tuple[str, ...], int | None] = PrivateAttr(default_factory=dict)
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_of_adapters(cls, tasks: dict[str, TaskEntry]) -> dict[str, TaskEntry]:
+        for name in tasks:
+            if not name or any(sign in name for sign in "./\\,="):
+                raise ValueError(f"{name!r} cannot be the name of an adapter: leave out '.', '/', '\\\\', ',' and '='")
+        return tasks
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Recipe:
-        if bool(self.tasks) == bool(self.task and self.data):
-            raise ValueError("give either `task` and `data`, or `tasks` with one entry for each task")
+        if self.tasks:
+            if self.task or self.data:
+                raise ValueError("give either `task` and `data`, or `tasks` with one entry for each task")
+        elif self.task is None:
+            raise ValueError(f"task is missing. Give one of {', '.join(TASKS)}")
+        elif self.data is None:
+            raise ValueError(f"data is missing. Give a {DataSection.model_fields['train'].description}")
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it says the same; where it was read does not count."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def where(self, key: str) -> str:
+        """The line of a key, or of the section around it, as errors begin: empty for what no file says."""
+        return _where(tuple(key.split(".")), self._source, self._lines)
+
+    @contextlib.contextmanager
+    def pointing(self) -> Iterator[None]:
+        """Within this context errors that name a key get its line."""
+        try:
+            yield
+        except RecipeError as error:
+            where = self.where(error.key) if error.key else ""
+            if not where:
+                raise
+            raise RecipeError(f"{where}{error}") from None
+
+    def entry(self, name: str) -> Recipe:
+        """The recipe of one of several tasks."""
+        own = self.tasks[name]
+        one = Recipe(
+            task=own.task, model=self.model, method=own.method or self.method, data=own.data, seed=self.seed,
+            training=own.training or self.training, generation=self.generation, out=str(self.folder / name),
+        )  # fmt: skip
+        one._source = self._source
+        one._lines = self._lines | {path[2:]: n for path, n in self._lines.items() if path[:2] == ("tasks", name)}
+        return one
 
     @property
     def folder(self) -> Path:
@@ -215,31 +294,33 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 
 def make_recipe(
-    values: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", lines: Any = None
+    values: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "", lines: Any = None
 ) -> Recipe:
     """Check plain data and make a recipe of it.
 
     Args:
         values: What the file holds.
         overrides: ``key=value``; a key is a path (``training.epochs``), or its last part where that is unique.
-        source: Named in errors.
+        source: The file, named in errors.
         lines: Line numbers by path, from :func:`read_recipe`.
 
     Raises:
         RecipeError: Unknown or misspelt keys, missing or impossible values.
     """
     if not isinstance(values, dict):
-        raise RecipeError(f"{source} should hold keys and values (task: …), found a {type(values).__name__}.")
-    values = _spelt_out(values)
+        what = source or "A recipe"
+        raise RecipeError(f"{what} should hold keys and values (task: …), found a {type(values).__name__}.")
+    values, lines = _spelt_out(values), dict(lines or {})
     for item in overrides:
         path, value = _override(item, values)
         _set(values, path, value)
-        if lines is not None:
-            lines.pop(path, None)
+        lines[path] = None  # what the command line says stands on no line
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        raise RecipeError("\n".join(_explain(error, source, lines or {}))) from None
+        raise RecipeError("\n".join(_explain(error, source, lines))) from None
+    recipe._source, recipe._lines = source, lines
+    return recipe
 
 
 def read_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -262,8 +343,10 @@ def read_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise RecipeError(f"{path}{where}: no valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    if values is None:
+        raise RecipeError(f"The recipe {str(path)!r} is empty. `peft init` writes one.")
     lines = dict(_positions(node, (), str(path)))
-    return make_recipe(values if values is not None else {}, overrides, source=str(path), lines=lines)
+    return make_recipe(values, overrides, source=str(path), lines=lines)
 
 
 def as_recipe(recipe: Any, overrides: Sequence[str] = ()) -> Recipe:
@@ -349,30 +432,68 @@ def _positions(node: Any, path: tuple[str, ...], source: str) -> Iterator[tuple[
         yield from _positions(value, (*path, key.value), source)
 
 
-def _explain(error: pydantic.ValidationError, source: str, lines: dict[tuple[str, ...], int]) -> Iterator[str]:
+def _where(path: tuple[str, ...], source: str, lines: Mapping[tuple[str, ...], int | None]) -> str:
+    """How an error about a key begins: with file and line where the file says it."""
+    known = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    line = lines[known] if known is not None else None
+    if line is not None:
+        return f"{source}, line {line}: "
+    return f"{source}: " if source and known is None else ""
+
+
+# What pydantic finds, in other words.
+WORDS = {
+    "dict_type": "hold keys and values", "model_type": "hold keys and values", "list_type": "be a list: [a, b]",
+    "int_parsing": "be a whole number", "int_type": "be a whole number", "int_from_float": "be a whole number",
+    "float_parsing": "be a number", "float_type": "be a number", "bool_parsing": "be true or false", "bool_type": "be true or false",
+    "string_type": "be text",
+}  # fmt: skip
+
+
+def _explain(
+    error: pydantic.ValidationError, source: str, lines: Mapping[tuple[str, ...], int | None]
+) -> Iterator[str]:
     """Pydantic's findings, one line each, for people."""
-    for finding in error.errors():
-        path = tuple(str(part) for part in finding["loc"])
-        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-        where = f"{source}, line {line}" if line else source
-        name = ".".join(path)
+    findings = {tuple(str(part) for part in f["loc"]): f for f in reversed(error.errors())}
+    misspelt = {
+        (*path[:-1], meant)
+        for path, finding in findings.items()
+        if finding["type"] == "extra_forbidden"
+        for meant in _closest(path)
+    }
+    said: set[tuple[str, ...]] = set()
+    for path, finding in reversed(findings.items()):
+        if path[:2] == ("data", "columns") and len(path) > 3:
+            path = path[:3]  # the choices of a union: one line is enough
+        if path in said or (finding["type"] == "missing" and path in misspelt):
+            continue
+        said.add(path)
+        where, name = _where(path, source, lines), ".".join(path)
         match finding["type"]:
             case "extra_forbidden":
                 section = _section(path[:-1])
                 known = list(section.model_fields) if section else []
                 inside = f" in {'.'.join(path[:-1])}" if path[:-1] else ""
                 hint = did_you_mean(path[-1], known) or f"; known are {', '.join(known)}."
-                yield f"{where}: unknown key {path[-1]!r}{inside}{hint}"
+                yield f"{where}unknown key {path[-1]!r}{inside}{hint}"
             case "missing":
-                yield f"{where}: {name} is missing. {_description(path)}"
+                yield f"{where}{name} is missing. {_description(path)}"
             case "literal_error":
                 choices = finding["ctx"]["expected"].replace("'", "")
                 hint = did_you_mean(str(finding["input"]), choices.replace(" or ", ", ").split(", "))
-                yield f"{where}: {name} is {finding['input']!r}{hint}; it should be {choices}."
+                yield f"{where}{name} is {finding['input']!r}{hint}; it should be {choices}."
             case "value_error":
-                yield f"{where}: {f'{name}: ' if name else ''}{finding['ctx']['error']}."
+                yield f"{where}{f'{name}: ' if name else ''}{finding['ctx']['error']}."
+            case kind if kind in WORDS:
+                yield f"{where}{name} is {finding['input']!r}; it should {WORDS[kind]}."
             case _:
-                yield f"{where}: {name} is {finding['input']!r}; {_lower(finding['msg'])}."
+                yield f"{where}{name} is {finding['input']!r}; {_lower(finding['msg'])}."
+
+
+def _closest(path: tuple[str, ...]) -> list[str]:
+    """Keys that a misspelt one may stand for."""
+    section = _section(path[:-1])
+    return difflib.get_close_matches(path[-1], list(section.model_fields)) if section else []
 
 
 def _section(path: tuple[str, ...]) -> type[BaseModel] | None:
@@ -386,6 +507,8 @@ def _section(path: tuple[str, ...]) -> type[BaseModel] | None:
 def _description(path: tuple[str, ...]) -> str:
     section = _section(path[:-1])
     field = section.model_fields.get(path[-1]) if section else None
+    if path[-1] in SHORT and path[-1] in SECTIONS:
+        field = SECTIONS[path[-1]].model_fields[SHORT[path[-1]]]
     text = field.description if field is not None else None
     return f"Give a {text}." if text else f"Add it: {path[-1]}: …"
 
