@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import peft
 import recipe_data as data
 from peft.recipes.data import draw, find_columns, load_splits
 from peft.recipes.errors import RecipeError
@@ -56,19 +57,53 @@ def test_a_recipe_with_short_forms_and_overrides(recipe_file):
         (("epochs: 2", "epoch: 2"), r"line 9: unknown key 'epoch' in training \(did you mean 'epochs'"),
         (("training:", "trainning:"), r"line 8: unknown key 'trainning' \(did you mean 'training'"),
         (("sequence-classification", "sequence-clasification"), r"line 1: task is .* \(did you mean 'sequence-classification'"),
-        (("epochs: 2", "epochs: many"), r"line 9: training.epochs is 'many'; it should be a valid number"),
+        (("epochs: 2", "epochs: many"), r"line 9: training.epochs is 'many'; it should be a number"),
         (("epochs: 2", "epochs: -1"), r"line 9: training.epochs is -1; it should be greater than 0"),
         (("  train: reviews.csv", "  test: reviews.csv"), r"line 6: data.train is missing"),
         (("  epochs: 2", "  epochs: 2\n  epochs: 3"), r"line 10: 'epochs' stands here for the second time \(first on line 9\)"),
         (("  epochs: 2", "  epochs: [2"), r"line 10: no valid YAML"),
         (("  train: reviews.csv", "  train: a.csv\n  columns: {txt: body}"),
          r"line 8: data.columns: unknown role 'txt' \(did you mean 'text'"),
-        (("task: sequence-classification\n", ""), r"give either `task` and `data`, or `tasks`"),
+        (("task: sequence-classification\n", ""), r"recipe.yaml: task is missing. Give one of sequence-classification,"),
+        (("data:\n  train: reviews.csv\n", ""), r"recipe.yaml: data is missing. Give a file, folder, Hub id"),
+        (("model: packaged:minilm\n", ""), r"model is missing. Give a Hub id, folder"),
+        (("training:", "tasks: {mood: {task: seq2seq, data: a.csv}}\ntraining:"), r"give either `task` and `data`, or `tasks`"),
+        (("epochs: 2", "epochs: yes"), r"line 9: training.epochs: it is true; it should be a number"),
+        (("training:\n  epochs: 2", "training: 2"), r"line 8: training is 2; it should hold keys and values"),
+        (("  train: reviews.csv", "  trian: reviews.csv"), r"recipe.yaml, line 7: unknown key 'trian' in data \(did you mean 'train'\?\)$"),
+        (("task: sequence-classification", "tasks:\n  a/b: {task: seq2seq, data: x.csv}"), r"line 1: tasks: 'a/b' cannot be the name of an adapter"),
+        ((GOOD, ""), "is empty. `peft init` writes one"),
     ],
 )  # fmt: skip
 def test_a_wrong_recipe_is_refused_with_the_line_and_the_mend(recipe_file, change, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe(recipe_file(GOOD.replace(*change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("  r: 4", "  rr: 4"), r"recipe.yaml, line 5: method.rr: the method 'lora' has no such option"),
+        (("  r: 4", "  r: 0"), r"recipe.yaml, line 5: method 'lora': `r` should be"),
+        (("name: lora", "name: lorra"), r"recipe.yaml, line 4: There is no method 'lorra'"),
+        (("reviews.csv", "review.csv"), r"recipe.yaml, line 7: There is no file 'review.csv'"),
+        (("  train: reviews.csv", "  train: reviews.csv\n  columns: {text: body}"), r"recipe.yaml, line 8: data.columns.text: .* no column 'body'"),
+        (("  train: reviews.csv", "  train: reviews.csv\n  test: new.csv"), r"recipe.yaml, line 8: There is no file 'new.csv'"),
+        (("  train: reviews.csv", "  train: reviews.csv\n  test: validation"), r"line 8: data.test is 'validation', but 'reviews.csv' has no such split"),
+        (("training:", "  validation_size: 0\ntraining:\n  early_stopping: 1"), r"line 10: training.early_stopping needs rows to evaluate on"),
+        (("epochs: 2", "report_to: [wandbb]\n  epochs: 2"), r"line 9: training.report_to: 'wandbb' is not known \(did you mean 'wandb'"),
+        (("epochs: 2", "report_to: [comet_ml]\n  epochs: 2"), r"line 9: training.report_to: comet_ml is not installed: pip install comet_ml"),
+        (("epochs: 2", "trainer: {lr: 1}\n  epochs: 2"), r"line 9: training.trainer.lr: transformers' TrainingArguments has no such"),
+        (("packaged:minilm", "./no-such-model"), r"recipe.yaml, line 2: There is no model folder './no-such-model'"),
+    ],
+)  # fmt: skip
+def test_what_is_found_later_points_at_the_line_too(recipe_file, tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    data.write_csv(tmp_path / "reviews.csv", data.reviews(24))
+    path = recipe_file(GOOD.replace(*change))
+    with pytest.raises(RecipeError, match=message):
+        peft.finetune(path, tell=None)
+    assert not (tmp_path / "runs" / "sequence-classification-lora").exists()
 
 
 @pytest.mark.parametrize(

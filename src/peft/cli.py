@@ -201,6 +201,9 @@ def train(
     folder: OutOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
+    with_report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html and its pictures into the folder at the end.")
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")] = False,
 ) -> None:
     """Train by a recipe, measure on rows held back, and save.
@@ -218,6 +221,8 @@ def train(
         )
     if int(os.environ.get("RANK", "0")) == 0:
         _show_result(result)
+        if with_report:
+            tell(f"Report: {result.write_report()}")
 
 
 def tell(line: str) -> None:
@@ -266,9 +271,15 @@ def _show_result(result: Result) -> None:
         speed = f"{report['step_ms']:.0f} ms a step, " if report["step_ms"] else ""
         size = f"{report['peak_mb']:.0f} MB at most; {report['bytes'] / 1000:,.0f} kB on disk."
         out.print(f"{report['seconds']:.0f} s of training, {speed}{size}")
-    tell(
-        f"In {result.folder}. To use it: peft predict {result.folder} TEXT; to look at it: peft report {result.folder}"
-    )
+        _show_answers(report["examples"])
+    tell(f'In {result.folder}. To use it: peft predict {result.folder} "TEXT"')
+
+
+def _show_answers(answers: list[dict[str, Any]]) -> None:
+    from .recipes.report import answer_in_words, asked_in_words
+
+    for answer in answers:
+        tell(f"  {answer_in_words(answer)}: {asked_in_words(answer)}")
 
 
 def _show_metrics(metrics: dict[str, Any], title: str) -> None:
@@ -328,14 +339,17 @@ def predict(
     from .recipes.predict import predict as answers_of
     from .recipes.runs import load_run
 
-    if adapters is not None:
-        from .recipes.multitask import parse_adapters, predict_tasks
+    from .recipes.multitask import parse_adapters, predict_tasks, task_folders
 
+    if adapters is not None:
         given = [*([str(folder)] if folder is not None else []), *(texts or [])]
-        _print_lines(predict_tasks(parse_adapters(adapters), given or list(_stdin(file)), batch_size))
+        _print_lines(predict_tasks(parse_adapters(adapters), _texts(given, file), batch_size))
         return
     if folder is None:
         raise ValueError('Name the folder of a run: peft predict FOLDER "a text".')
+    if folders := task_folders(folder):
+        _print_lines(predict_tasks(folders, _texts(texts, file), batch_size))
+        return
     model, task = load_run(folder)
     _print_lines(answers_of(model, task, _rows(task, texts, file), batch_size))
 
@@ -385,6 +399,17 @@ def _rows(task: Any, texts: list[str] | None, file: Path | None) -> list[Any]:
     if not rows:
         raise ValueError("There is nothing to answer: give texts, --file, or lines on stdin.")
     return rows
+
+
+def _texts(given: list[str] | None, file: Path | None) -> list[str]:
+    """Plain texts, for several adapters at once."""
+    from .recipes.sources import read_file
+
+    if not given and file is not None and str(file) != "-":
+        table = read_file(file)
+        column = next((c for c in ("text", *table.columns) if c in table.columns), "")
+        return [str(row.get(column) or "") for row in table.rows]
+    return given or list(_stdin(file))
 
 
 def _stdin(file: Path | None) -> Iterable[str]:

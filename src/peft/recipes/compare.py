@@ -98,7 +98,7 @@ def _run(recipe: Recipe, method: str, seed: int, rate: float | None, folder: Pat
         if rate is not None:
             changes.append(f"training.learning_rate={rate}")
         write_atomically(folder, {"compared.yaml": recipe.to_yaml().encode()})
-        code = _start(["train", str(folder / "compared.yaml"), *changes, "--resume"], folder / "log.txt")
+        code = _start(["train", str(folder / "compared.yaml"), *changes, "--resume", "--no-report"], folder / "log.txt")
         if code in (130, -2):
             raise KeyboardInterrupt("Stopped. The same command goes on from here.")
         if code != 0 or not (folder / METRICS_FILE).exists():

@@ -135,18 +135,24 @@ def _folder(folder: Path, main: bool) -> Iterator[None]:
 
 def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, advance: Any, main: bool) -> Result:
     folder = recipe.folder
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        say(line)
+
     checkpoint = _look_at(folder, recipe, resume, overwrite, main)
     if isinstance(checkpoint, Result):
         say(f"{folder} holds the finished run already.")
         return checkpoint
     torch.manual_seed(recipe.seed)
-    task, splits, tokenizer, model = prepare(recipe, say)
+    task, splits, tokenizer, model = prepare(recipe, note)
     encoded = {
         s: task.encode(getattr(splits, s), w)
         for s, w in (("train", "training"), ("validation", "validation"), ("test", "test"))
     }
-    for note in task.notes:
-        say(note)
+    for line in task.notes:
+        note(line)
     trained, total = count_parameters(model)
     place = "cuda" if torch.cuda.is_available() else "cpu"
     say(f"Method {recipe.method.name} on {place}: {trained:,} of {total:,} parameters train ({trained / total:.2%}).")
@@ -182,6 +188,7 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         for s in ("validation", "test")
     }
     report = _report(recipe, task, trainer, progress, found, seconds, (trained, total))
+    report |= {"notes": notes, "rows": {s: len(getattr(splits, s)) for s in ("train", "validation", "test")}}
     report["examples"] = list(predict(trainer.model, task, task.rows_from_text(recipe.examples)))
     _save(trainer, folder, main)
     if main:
@@ -306,7 +313,7 @@ def _report(
     numbers = {s: {k: v for k, v in f.items() if k != "details"} if f else None for s, f in found.items()}
     steps = progress.seconds[min(2, len(progress.seconds) - 1) :]
     return {
-        "task": task.name, "model": recipe.model.name, "method": recipe.method.name, "options": recipe.method.options, "seed": recipe.seed,
+        "task": task.name, "model": recipe.model.name, "data": recipe.dump()["data"]["train"], "method": recipe.method.name, "options": recipe.method.options, "seed": recipe.seed,
         "metric": task.metric, "greater_is_better": task.greater_is_better, "validation": numbers["validation"], "test": numbers["test"],
         "best": trainer.best, "trained_parameters": counts[0], "parameters": counts[1], "learning_rate": trainer.args.learning_rate,
         "steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": round(seconds, 2),

@@ -41,7 +41,8 @@ def inspect_adapter(folder: Path, with_base: bool = True) -> dict[str, Any]:
         RecipeError: There is no adapter.
     """
     if not (folder / CONFIG_NAME).exists():
-        raise RecipeError(f"{str(folder)!r} holds no adapter: it has no {CONFIG_NAME}.")
+        read_task(folder)  # says what is wrong, where it is no run at all
+        raise RecipeError(f"{str(folder)!r} holds a whole model and no adapter: there is nothing to inspect.")
     config = PeftConfig.from_pretrained(folder)
     tensors = load_peft_weights(folder, device="cpu")
     plain = type(config)()

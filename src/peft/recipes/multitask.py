@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import PeftConfig, TaskType
 from ..core.checkpoints import set_peft_model_state_dict
-from ..core.files import load_peft_weights, write_atomically
+from ..core.files import CONFIG_NAME, load_peft_weights, write_atomically
 from ..mapping import get_peft_model
 from . import models
 from .errors import RecipeError
@@ -97,6 +97,8 @@ class SharedBase:
         first = None
         for name, folder in folders.items():
             task, section = read_task(folder)
+            if not (folder / CONFIG_NAME).exists():
+                raise RecipeError(f"{name} is a whole model, not an adapter: it shares no base with others.")
             if first is None:
                 first = section
             if task.generates:
@@ -190,10 +192,19 @@ def parse_adapters(text: str) -> dict[str, Path]:
     found = {}
     for part in text.split(","):
         name, equals, folder = part.partition("=")
-        if not equals or not name.strip():
+        if not equals or not name.strip() or not folder.strip():
             raise RecipeError(f"--adapters is written name=folder,name=folder; {part!r} is not.")
+        if name.strip() in found:
+            raise RecipeError(f"--adapters names {name.strip()!r} twice. Give each adapter a name of its own.")
         found[name.strip()] = Path(folder.strip())
     return found
+
+
+def task_folders(folder: Path) -> dict[str, Path]:
+    """Folders of the adapters of a run with several tasks; empty for any other folder."""
+    path = folder / METRICS_FILE
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: folder / name for name in report.get("tasks", {})}
 
 
 def predict_tasks(folders: dict[str, Path], texts: Sequence[str], batch_size: int) -> Iterator[dict[str, Any]]:
