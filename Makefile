@@ -5,7 +5,7 @@
 #   make help        the other targets
 #
 # To override: PYTHON=python3.12 (any Python >= 3.11), PIP_OPTIONS="..." (passed to every pip install), VENV=folder, PEER=folder,
-# DEMO_ARGS="..." (make demo DEMO_ARGS='--help' lists them), PYTEST_ARGS="...", QUICK=1 (make bench).
+# DEMO_ARGS="..." (make demo DEMO_ARGS='training.epochs=2': keys of the recipe), PYTEST_ARGS="...", QUICK=1 (make bench).
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -36,7 +36,7 @@ help: ## list the targets
 install: $(VENV)/.installed ## create .venv with the package (editable) and all tools
 
 demo: $(VENV)/.installed ## fine-tune MiniLM on IMDB with LoRA: some minutes on two cores
-	$(BIN)/python examples/finetune_imdb.py $(DEMO_ARGS)
+	$(BIN)/peft train examples/recipes/demo.yaml --overwrite $(DEMO_ARGS)
 
 test: $(VENV)/.installed peer ## run the tests, the slow ones left out
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

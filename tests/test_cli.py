@@ -20,7 +20,8 @@ import peft
 import recipe_data as data
 from peft import AutoPeftModelForSequenceClassification
 from peft.cli import app
-from peft.recipes.methods import RATES, methods
+from peft.recipes.methods import methods
+from peft.recipes.rates import RATES
 
 runner = CliRunner()
 SMALL = ["data.max_length=32", "training.batch_size=8", "training.learning_rate=0.01"]

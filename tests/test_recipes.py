@@ -8,7 +8,8 @@ import peft
 import recipe_data as data
 from peft.recipes.data import draw, find_columns, load_splits
 from peft.recipes.errors import RecipeError
-from peft.recipes.methods import RATES, build_config, learning_rate, method_info, methods
+from peft.recipes import rates
+from peft.recipes.methods import build_config, method_info, methods
 from peft.recipes.recipe import TASKS, DataSection, GenerationSection, MethodSection, make_recipe, read_recipe
 from peft.recipes.sources import read_source
 from peft.recipes.tasks import TASKS as TASK_CLASSES
@@ -149,7 +150,7 @@ def test_every_registered_method_can_be_named_and_has_a_learning_rate():
     assert {"lora", "full", "head"} <= set(known)
     assert {i.peft_type for i in known.values() if i.peft_type} >= {t for t in registered_types() if t.isupper()}
     for name, info in known.items():
-        assert all(learning_rate(name, task) > 0 for task in TASKS)
+        assert all(rates.learning_rate(name, task) > 0 for task in TASKS)
         if info.peft_type and info.peft_type in ("LORA",):
             assert build_config(MethodSection(name=name), "SEQ_CLS").peft_type == info.peft_type
             assert info.paper
@@ -345,12 +346,9 @@ def test_make_recipe_wants_a_mapping():
 
 
 def test_the_documented_learning_rates_are_those_in_force():
-    import re
     from pathlib import Path
 
     text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([a-z0-9-]+) \| (\d[\de.-]*) \| (\d[\de.-]*) \|", text, re.M)
-    assert {name for name, *_ in rows} == set(RATES)
-    for name, labels, generating in rows:
-        assert float(labels) == learning_rate(name, "sequence-classification"), name
-        assert float(generating) == learning_rate(name, "causal-lm"), name
+    assert rates.markdown() in text, "put what `python -m peft.recipes.rates` prints into docs/recipes.md"
+    assert rates.COLUMNS == TASKS and rates.RATES.keys() == rates.SOURCES.keys()
+    assert {method for method, _ in rates.MEASURED} <= rates.RATES.keys()

@@ -88,7 +88,7 @@ def list_methods(
     """
     from .core.errors import did_you_mean
     from .recipes.inspecting import method_table
-    from .recipes.methods import learning_rate
+    from .recipes.rates import learning_rate
     from .recipes.recipe import TASKS, ModelSection
 
     if task not in TASKS:

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..core.files import write_atomically
 from .errors import RecipeError
-from .methods import RATES, learning_rate, method_info, methods
+from .methods import method_info, methods
+from .rates import RATES, learning_rate
 from .recipe import Recipe, as_recipe, read_recipe
 from .report import COMPARISON_FILE, table_rows, write_report
 from .runs import METRICS_FILE, RECIPE_FILE

@@ -1,4 +1,4 @@
-"""Which methods a recipe can name, what they start from, and which learning rate each wants for each task."""
+"""Which methods a recipe can name, and what they start from."""
 
 from __future__ import annotations
 
@@ -30,25 +30,6 @@ START: dict[str, dict[str, Any]] = {
     "P_TUNING": {"num_virtual_tokens": 20, "encoder_hidden_size": 128},
     "P_TUNING_V2": {"num_virtual_tokens": 20},
 }
-
-LABELS, TEXT = ("sequence-classification", "token-classification", "question-answering"), ("causal-lm", "seq2seq")
-# Learning rates for tasks with a new head, and for tasks that generate. docs/recipes.md says where each is from.
-RATES: dict[str, tuple[float, float]] = {
-    FULL: (5e-5, 2e-5),
-    HEAD: (1e-3, 1e-3),
-    "lora": (1e-3, 2e-4),
-    "rslora": (5e-4, 1e-4),
-    "dora": (1e-3, 2e-4),
-    "ia3": (3e-3, 3e-3),
-    "loha": (1e-3, 2e-4),
-    "lokr": (1e-3, 2e-4),
-    "bottleneck": (1e-3, 3e-4),
-    "prefix-tuning": (1e-2, 1e-2),
-    "p-tuning-v2": (1e-2, 1e-2),
-    "prompt-tuning": (3e-2, 3e-2),
-    "p-tuning": (1e-3, 1e-3),
-}
-OTHER_RATES = (1e-3, 2e-4)
 
 
 @dataclass(frozen=True)
@@ -118,12 +99,6 @@ def method_info(name: str) -> MethodInfo:
         hint = did_you_mean(asked, known) or "."
         raise RecipeError(f"There is no method {name!r}{hint} Built are {', '.join(known)}.", "method.name")
     return known[asked]
-
-
-def learning_rate(method: str, task: str) -> float:
-    """The learning rate that a method gets for a task where the recipe gives none."""
-    rates = RATES.get(method.lower().replace("_", "-"), OTHER_RATES)
-    return rates[0] if task in LABELS else rates[1]
 
 
 def build_config(section: MethodSection, task_type: str | None) -> Any:

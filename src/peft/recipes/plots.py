@@ -47,19 +47,20 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def curves(series: dict[str, list[tuple[float, float]]], x: str, y: str) -> bytes:
+def curves(series: dict[str, list[tuple[float, float]]], x: str, y: str, names: Sequence[str] = ()) -> bytes:
     """Lines.
 
     Args:
         series: Points by name.
         x: Name of the horizontal axis.
         y: Name of the vertical axis.
+        names: All names that other pictures of the page have, in one order, so that each looks the same in all.
     """
     with plt.rc_context(STYLE):
         many = len(series) > 3
         figure, axes = plt.subplots(figsize=(WIDTH, 3.1 + 0.2 * ((len(series) + 2) // 3 if many else 0)))
         for i, (name, points) in enumerate(series.items()):
-            style = line_style(i)
+            style = line_style(names.index(name) if name in names else i)
             if len(points) > 14:
                 style["marker"] = None
             axes.plot([p[0] for p in points], [p[1] for p in points], label=name, ms=4, lw=1.6, **style)
@@ -95,18 +96,19 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
         return _png(figure)
 
 
-def against(points: dict[str, tuple[float, float, float]], x: str, y: str) -> bytes:
+def against(points: dict[str, tuple[float, float, float]], x: str, y: str, names: Sequence[str] = ()) -> bytes:
     """Points with error bars over a logarithmic axis, each with its name.
 
     Args:
         points: Horizontal value, vertical value and deviation by name.
         x: Name of the horizontal axis.
         y: Name of the vertical axis.
+        names: As for :func:`curves`.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH * 1.15, 3.7))
-        for i, (across, up, deviation) in enumerate(points.values()):
-            style = line_style(i) | {"linestyle": "none"}
+        for i, (name, (across, up, deviation)) in enumerate(points.items()):
+            style = line_style(names.index(name) if name in names else i) | {"linestyle": "none"}
             axes.errorbar(across, up, yerr=deviation or None, capsize=3, ms=6.5, elinewidth=1.2, **style)
         axes.set_xscale("log")
         axes.margins(x=0.16, y=0.16)

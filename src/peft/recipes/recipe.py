@@ -280,7 +280,7 @@ class Recipe(Section):
 
     def dump(self) -> dict[str, Any]:
         """The recipe as plain data, without what was left at its default."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        return self.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
 
     def to_yaml(self) -> str:
         """The recipe as a file."""

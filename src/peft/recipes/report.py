@@ -334,11 +334,11 @@ def _comparison(comparison: dict[str, Any]) -> Page:
         trade = {r["method"]: (r["trained_parameters"], r["value"], r["deviation"]) for r in done}
         against = f"{_title(name)} against trained parameters" + ("; bars: one standard deviation" if len(comparison["seeds"]) > 1 else "")
         pictures = [
-            page.picture("tradeoff", plots.against(trade, "trained parameters", name), against),
+            page.picture("tradeoff", plots.against(trade, "trained parameters", name, comparison["methods"]), against),
             page.picture("results", plots.dots({r["method"]: r["values"] for r in done}, name), f"{_title(name)}, the best first"),
         ]
         if learning := _learning(comparison, done[0]["metric"]):
-            png = plots.curves(learning, "step", name)
+            png = plots.curves(learning, "step", name, comparison["methods"])
             pictures.append(page.picture("learning", png, f"{_title(name)} on the validation rows, first seed"))
         for key, unit, caption in COSTS:
             scale = 1000 if key == "bytes" else 1

@@ -22,7 +22,8 @@ from ..core.files import safetensors_writer, write_atomically
 from ..optimizers import create_loraplus_optimizer
 from .errors import RecipeError
 from .inference import run
-from .methods import learning_rate, method_info
+from .methods import method_info
+from .rates import learning_rate
 from .recipe import Recipe
 from .sources import Row
 from .tasks import Task
