@@ -39,6 +39,7 @@ from .training import (  # noqa: E402
     check_training,
     evaluate,
     last_checkpoint,
+    tensorboard_in,
     training_arguments,
 )
 
@@ -162,10 +163,11 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         write_atomically(checkpoints, {RECIPE_FILE: recipe.to_yaml().encode()})
     args = training_arguments(recipe, checkpoints, task.name, len(encoded["train"]), bool(splits.validation))
     progress = Progress(say, advance)
-    trainer = RecipeTrainer(
-        task=task, recipe=recipe, features=encoded["train"], validation=(splits.validation, encoded["validation"]),
-        model=model, args=args, callbacks=[progress], processing_class=tokenizer,
-    )  # fmt: skip
+    with tensorboard_in(folder / "tensorboard"):
+        trainer = RecipeTrainer(
+            task=task, recipe=recipe, features=encoded["train"], validation=(splits.validation, encoded["validation"]),
+            model=model, args=args, callbacks=[progress], processing_class=tokenizer,
+        )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):  # what they print is said by `progress`
         trainer.remove_callback(callback)
     progress.catch_up = trainer.catch_up

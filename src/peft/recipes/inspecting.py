@@ -16,9 +16,9 @@ from ..core.files import CONFIG_NAME, load_peft_weights
 from ..core.holder import adapted_modules
 from ..core.layer import AdapterLayer
 from ..core.status import count_parameters
-from ..model import PeftModel
 from ..registry import get_method
 from . import models
+from .converting import open_adapter
 from .errors import RecipeError
 from .methods import MethodInfo, methods
 from .recipe import DataSection, GenerationSection, MethodSection, ModelSection, as_recipe
@@ -75,9 +75,7 @@ def inspect_adapter(folder: Path, with_base: bool = True) -> dict[str, Any]:
 def _changes(folder: Path) -> list[dict[str, Any]]:
     """Norm of ΔW of each layer; nothing where the method has no ΔW or the base cannot be loaded."""
     try:
-        task, section = read_task(folder)
-        base, _ = models.load_base(section, task, None)
-        model = PeftModel.from_pretrained(base, folder)
+        model, _, _ = open_adapter(folder, None)
         layers = []
         for name, module in adapted_modules(model.get_base_model()):
             if isinstance(module, AdapterLayer):
@@ -109,6 +107,7 @@ def method_table(section: ModelSection | None, task_name: str = "sequence-classi
             "problem": None,
         }
         row["merges"] = _merges(info)
+        row["supports"] = _supports(info)
         if section is not None:
             task = TASKS[task_name](DataSection(train=""), GenerationSection())
             task.labels = ["0", "1"] if task_name in ("sequence-classification", "token-classification") else []
@@ -119,7 +118,7 @@ def method_table(section: ModelSection | None, task_name: str = "sequence-classi
                 trained, total = count_parameters(model)
                 row |= {"parameters": trained, "share": trained / total}
             except Exception as error:
-                row["problem"] = str(error).strip().splitlines()[0][:60]
+                row["problem"] = str(error).strip().splitlines()[0]
         rows.append(row)
     return rows
 
@@ -130,6 +129,13 @@ def _merges(info: MethodInfo) -> bool | None:
         return None
     layer = getattr(get_method(info.peft_type).tuner_cls, "layer_cls", None)
     return layer is not None and layer.why_no_merge is None
+
+
+def _supports(info: MethodInfo) -> list[str]:
+    """What can be done with a trained model: mixed batches are for every adapter, the others for what can be added to the weights."""
+    if info.peft_type is None:
+        return ["export"]
+    return ["mixed batches", *(["merge", "convert", "export"] if _merges(info) else [])]
 
 
 def plan(recipe: Any, *overrides: str, probe: int = 3, tell: Callable[[str], None] = print) -> dict[str, Any]:
@@ -147,7 +153,8 @@ def plan(recipe: Any, *overrides: str, probe: int = 3, tell: Callable[[str], Non
     recipe = as_recipe(recipe, overrides)
     if recipe.tasks:
         raise RecipeError("A recipe with several tasks cannot be planned as a whole: plan one task at a time.")
-    task, splits, _, model = prepare(recipe, tell)
+    with recipe.pointing():
+        task, splits, _, model = prepare(recipe, tell)
     size = recipe.training.batch_size
     features = task.encode(splits.train[: max(64, size * 8)])
     features.sort(key=lambda f: len(f["input_ids"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ class MethodInfo:
 
     Args:
         name: As in recipes.
-        title: The first line of its configuration's documentation.
+        title: What it trains, from the first line of its module.
         paper: arXiv number, if its documentation gives one.
         peft_type: As in ``adapter_config.json``; ``None`` for full training and the head alone.
         options: Fields that the name sets.
@@ -65,11 +66,8 @@ def methods() -> dict[str, MethodInfo]:
     """All methods that are built, by name: the registry's, their variants, ``full`` and ``head``."""
     found = {}
     for peft_type in registered_types():
-        text = get_method(peft_type).config_cls.__doc__ or ""
-        paper = re.search(r"arXiv[: ]+(\d{4}\.\d{4,5})", text)
-        title = text.strip().splitlines()[0] if text.strip() else peft_type
-        title = re.sub(r"^Configuration of |\s*\(.*?\)|\.$", "", title)
-        found[recipe_name(peft_type)] = MethodInfo(recipe_name(peft_type), title, paper and paper[1], peft_type, {})
+        title, paper = _described(get_method(peft_type).config_cls)
+        found[recipe_name(peft_type)] = MethodInfo(recipe_name(peft_type), title, paper, peft_type, {})
     for name, (peft_type, options) in VARIANTS.items():
         base = found.get(recipe_name(peft_type))
         if base is None or name in found:
@@ -78,13 +76,26 @@ def methods() -> dict[str, MethodInfo]:
             base.config_cls(**options)
         except NotImplementedError:
             continue
-        paper_of = {"dora": "2402.09353", "rslora": "2312.03732"}
-        found[name] = MethodInfo(
-            name, f"{base.title} with {', '.join(options)}", paper_of.get(name), peft_type, options
-        )
+        said = {
+            "dora": ("low-rank updates of the direction, and the magnitude", "2402.09353"),
+            "rslora": ("LoRA with a scale that suits high ranks", "2312.03732"),
+        }
+        title, paper = said.get(name, (f"{base.title} with {', '.join(options)}", None))
+        found[name] = MethodInfo(name, title, paper, peft_type, options)
     found[FULL] = MethodInfo(FULL, "every weight", None, None, {})
     found[HEAD] = MethodInfo(HEAD, "the new head alone", None, None, {})
     return found
+
+
+def _described(config_cls: Any) -> tuple[str, str | None]:
+    """What a method trains, and the number of its paper, as its module and its configuration say them."""
+    module = sys.modules[config_cls.__module__]
+    package = sys.modules.get(module.__package__ or "")
+    about = package if package is not None and (package.__name__.rpartition(".")[2] != "tuners") else module
+    line = (about.__doc__ or config_cls.__doc__ or "").strip().partition("\n")[0]
+    title = re.sub(r"\s*\(.*?\)|\.$", "", line.partition(": ")[2] or line.removeprefix("Configuration of "))
+    paper = re.search(r"arXiv[: ]+(\d{4}\.\d{4,5})", f"{line} {config_cls.__doc__}")
+    return title, paper and paper[1]
 
 
 def method_info(name: str) -> MethodInfo:

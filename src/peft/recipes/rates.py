@@ -42,7 +42,7 @@ SOURCES: dict[str, str] = {
     "lokr": "a guess",
     "bottleneck": "within the range of [Houlsby et al. 2019](https://arxiv.org/abs/1902.00751)",
     "prefix-tuning": "as P-tuning v2",
-    "p-tuning-v2": "within the range of [Liu et al. 2021](https://arxiv.org/abs/2110.07602)",
+    "p-tuning-v2": "a guess",
     "prompt-tuning": "a guess; [Lester et al. 2021](https://arxiv.org/abs/2104.08691) took 0.3 with Adafactor",
     "p-tuning": "a guess",
 }

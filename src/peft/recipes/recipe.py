@@ -313,6 +313,8 @@ def make_recipe(
     values, lines = _spelt_out(values), dict(lines or {})
     for item in overrides:
         path, value = _override(item, values)
+        if path == ("method", "name") and (values.get("method") or {}).get("name") not in (None, value):
+            values["method"] = {}  # the options were the other method's
         _set(values, path, value)
         lines[path] = None  # what the command line says stands on no line
     try:

@@ -346,6 +346,12 @@ def _comparison(comparison: dict[str, Any]) -> Page:
             pictures.append(page.picture(key, png, caption))
         page.section("Pictures", f'<div class="pictures">{"".join(pictures)}</div>', long=True)
         _best_details(page, comparison, done[0]["method"])
+    if comparison.get("search"):
+        rows_of = [
+            [method, f"{t['rate']:.0e}", f"{t['value']:.3f}", f"{t['loss']:.3f}"] for method, tried in comparison["search"].items() for t in tried
+        ]
+        name = _metric(next((r["metric"] for r in done), "metric"))
+        page.section("Learning rates tried, on the validation rows", _table(["method", "rate", name, "loss"], rows_of, numbers=(1, 2, 3)))
     failures = [[r["method"], f"{r['failed']} of {len(comparison['seeds'])}", r["error"]] for r in rows if r["failed"]]
     if failures:
         page.section("Failures", _table(["method", "seeds", "what it said"], failures, text=(2,), kind="cards"))

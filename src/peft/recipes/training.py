@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -328,6 +329,19 @@ def check_training(recipe: Recipe) -> None:
         )
 
 
+@contextlib.contextmanager
+def tensorboard_in(folder: Path) -> Iterator[None]:
+    """Within this context a Trainer that is made writes for TensorBoard into a folder that stays, not among its checkpoints."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    asked = os.environ.get(name)
+    os.environ[name] = asked or str(folder)
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ[name]
+
+
 def training_arguments(recipe: Recipe, folder: Path, task_name: str, rows: int, evaluates: bool) -> TrainingArguments:
     """What the recipe says, as transformers wants it.
 
@@ -350,8 +364,10 @@ def training_arguments(recipe: Recipe, folder: Path, task_name: str, rows: int, 
         "save_strategy": "steps" if every else "epoch", "save_steps": every or 500, "save_total_limit": t.checkpoints,
         "logging_steps": max(1, min(50, steps // 20)), "report_to": t.report_to or "none", "remove_unused_columns": False,
         "disable_tqdm": True, "log_level": "error", "logging_first_step": True, "dataloader_pin_memory": torch.cuda.is_available(),
-        "logging_nan_inf_filter": False,
+        "logging_nan_inf_filter": False, "run_name": recipe.folder.name,
     }  # fmt: skip
+    if "project" in known:
+        values["project"] = "peft"
     if not torch.accelerator.is_available():
         values["use_cpu"] = True  # else bf16 would be refused, and several processes would not know of each other
     if t.gradient_checkpointing:
