@@ -335,6 +335,87 @@ def test_the_columns_of_an_instruction_set_are_joined():
     assert {"instruction", "input"} == set(splits.train[0]["prompt"])
 
 
+# What the best-known data sets of the Hub look like: columns, their kinds, two rows.
+HUB = {
+    "yelp": ("sequence-classification", {"text": "string", "label": ["1", "2"]}, [{"text": "bad", "label": 0}, {"text": "good", "label": 1}]),
+    "sst2": ("sequence-classification", {"sentence": "string", "label": ["neg", "pos"]}, [{"sentence": "bad", "label": 0}, {"sentence": "good", "label": 1}]),
+    "qnli": (
+        "sequence-classification",
+        {"question": "string", "sentence": "string", "label": ["yes", "no"]},
+        [{"question": "who", "sentence": "me", "label": 0}, {"question": "why", "sentence": "so", "label": 1}],
+    ),
+    "go_emotions": ("sequence-classification", {"text": "string", "labels": [["joy", "fear"]]}, [{"text": "a", "labels": [0]}, {"text": "b", "labels": [0, 1]}]),
+    "conll2003": (
+        "token-classification",
+        {"tokens": ["string"], "pos_tags": [["N", "V"]], "ner_tags": [["O", "B-x", "I-x"]]},
+        [{"tokens": ["Ann"], "pos_tags": [0], "ner_tags": [1]}, {"tokens": ["ran"], "pos_tags": [1], "ner_tags": [0]}],
+    ),
+    "alpaca": ("causal-lm", {"instruction": "string", "input": "string", "output": "string"}, [{"instruction": "do", "input": "", "output": "done"}]),
+    "xsum": ("seq2seq", {"document": "string", "summary": "string"}, [{"document": "long", "summary": "short"}]),
+}  # fmt: skip
+TAKEN = {
+    "yelp": {"text": "good", "label": "2"}, "sst2": {"text": "good", "label": "pos"}, "qnli": {"text": "why", "text_pair": "so", "label": "no"},
+    "go_emotions": {"text": "b", "label": ["joy", "fear"]}, "conll2003": {"tokens": ["ran"], "tags": ["O"]},
+    "alpaca": {"prompt": {"instruction": "do", "input": ""}, "response": "done"}, "xsum": {"source": "long", "target": "short"},
+}  # fmt: skip
+
+
+def fake_hub(monkeypatch, columns, rows, splits=("train", "test")):
+    import datasets
+
+    def kind(of):
+        if isinstance(of, list):
+            return datasets.ClassLabel(names=of) if len(of) > 1 else datasets.List(kind(of[0]))
+        return datasets.Value(of)
+
+    features = datasets.Features({name: kind(of) for name, of in columns.items()})
+    asked = []
+
+    def load(name, config=None):
+        asked.append((name, config))
+        return datasets.DatasetDict({s: datasets.Dataset.from_list(rows, features) for s in splits})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_well_known_data_sets_of_the_hub_are_understood(monkeypatch, name):
+    task, columns, rows = HUB[name]
+    asked = fake_hub(monkeypatch, columns, rows, splits=("train",))
+    splits, _ = splits_of(task, train=name, validation_size=0, test_size=0)
+    assert asked[0][0].count("/") == 1  # the short name stands for one with an owner
+    assert TAKEN[name] in splits.train
+
+
+def test_a_test_split_that_keeps_its_labels_to_itself_is_left_out_and_said(monkeypatch):
+    _, columns, _ = HUB["sst2"]
+    rows = [{"sentence": f"text {i}", "label": i % 2} for i in range(20)]
+    fake_hub(monkeypatch, columns, rows, splits=("train",))
+    import datasets
+
+    whole = datasets.load_dataset("x")
+    whole["test"] = whole["train"].map(lambda row: {"sentence": f"hidden {row['sentence']}", "label": -1})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: whole)
+    splits, _ = splits_of(train="sst2", test_size=4)
+    assert len(splits.test) == 4 and all(row["label"] in ("neg", "pos") for row in splits.test)
+    assert any(n.startswith("The source's test rows are left out, and others drawn in their place") for n in splits.notes)
+
+
+def test_the_hub_out_of_reach_is_one_line():
+    with pytest.raises(RecipeError, match=r"'no-such-set' is no file or folder here, and as a data set of the Hub it cannot be loaded: .*$") as found:
+        read_source("no-such-set")
+    assert "\n" not in str(found.value)
+
+
+def test_fields_inside_a_column_are_named_with_a_dot():
+    rows = [{"translation": {"de": f"Wort {i}", "en": f"word {i}"}} for i in range(12)]
+    with pytest.raises(RecipeError, match=r"its columns are translation, translation\.de, translation\.en\. Say which"):
+        splits_of("seq2seq", train=rows)
+    splits, _ = splits_of("seq2seq", train=rows, columns={"source": "translation.en", "target": "translation.de"})
+    assert {"source": "word 3", "target": "Wort 3"} in [*splits.train, *splits.validation, *splits.test]
+
+
 def test_a_role_is_not_played_by_a_column_that_plays_another():
     table = read_source([{"question": "q", "answer": "a"}])["train"]
     assert find_columns(table, {}, TASK_CLASSES["causal-lm"].roles) == {"prompt": "question", "response": "answer"}

@@ -74,6 +74,8 @@ def inspect(
         lines.append([layer["name"], f"{layer['norm']:.3f}", *share, bar])
     head = ["layer", "norm of the change", "of the weight", ""] if measured else ["tensor", "norm", ""]
     print_table(head, lines)
+    if found["note"]:
+        tell(found["note"])
 
 
 @app.command("methods", rich_help_panel=LOOK)

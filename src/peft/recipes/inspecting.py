@@ -65,15 +65,16 @@ def inspect_adapter(folder: Path, with_base: bool = True) -> dict[str, Any]:
         "dtypes": dict(Counter(str(t.dtype) for t in tensors.values())),
         "layers": [], "not_finite": [n for n, t in tensors.items() if not torch.isfinite(t).all()],
     }  # fmt: skip
+    found["note"] = None
     if with_base:
-        found["layers"] = _changes(folder)
+        found["layers"], found["note"] = _changes(folder)
     if not found["layers"]:
         found["layers"] = [{"name": n, "norm": t.float().norm().item(), "share": None} for n, t in tensors.items()]
     return found
 
 
-def _changes(folder: Path) -> list[dict[str, Any]]:
-    """Norm of ΔW of each layer; nothing where the method has no ΔW or the base cannot be loaded."""
+def _changes(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Norm of ΔW of each layer; nothing, and the reason, where the method has no ΔW or the base cannot be loaded."""
     try:
         model, _, _ = open_adapter(folder, None)
         layers = []
@@ -83,9 +84,10 @@ def _changes(folder: Path) -> list[dict[str, Any]]:
                 weight = module.get_base_layer().weight.float().norm().item()  # type: ignore[union-attr, operator]
                 norm = delta.norm().item()
                 layers.append({"name": name, "norm": norm, "share": norm / weight if weight else None})
-        return layers
-    except (RecipeError, ValueError, NotImplementedError, OSError, AttributeError):
-        return []
+        reason = None if layers else "the method changes no weights"
+    except (RecipeError, ValueError, NotImplementedError, OSError, AttributeError) as error:
+        layers, reason = [], str(error).rstrip(".")
+    return layers, reason and f"The norms are of the adapter's tensors: {reason}."
 
 
 def method_table(section: ModelSection | None, task_name: str = "sequence-classification") -> list[dict[str, Any]]:
@@ -135,7 +137,7 @@ def _supports(info: MethodInfo) -> list[str]:
     """What can be done with a trained model: mixed batches are for every adapter, the others for what can be added to the weights."""
     if info.peft_type is None:
         return ["export"]
-    return ["mixed batches", *(["merge", "convert", "export"] if _merges(info) else [])]
+    return ["mixed batches", *(["merge", "export"] if _merges(info) else [])]
 
 
 def plan(recipe: Any, *overrides: str, probe: int = 3, tell: Callable[[str], None] = print) -> dict[str, Any]:
