@@ -285,7 +285,7 @@ def test_missing_files_and_unknown_packages_are_refused(tmp_path):
     data.write_csv(tmp_path / "reviews.csv", data.reviews(4))
     with pytest.raises(RecipeError, match=r"no file .*\(did you mean 'reviews\.csv'"):
         read_source(str(tmp_path / "review.csv"))
-    with pytest.raises(RecipeError, match="known are packaged:imdb, packaged:ner"):
+    with pytest.raises(RecipeError, match="known are packaged:imdb, packaged:rotten-tomatoes, packaged:topic, packaged:ner"):
         read_source("packaged:imbd")
     with pytest.raises(RecipeError, match=r"needs a file named train"):
         read_source(str(tmp_path))

@@ -67,6 +67,21 @@ def rows_of_file(path: Path, task: Task) -> list[Row]:
     ]
 
 
+def rows_of_run(folder: Path, task: Task) -> tuple[list[Row], list[str]]:
+    """The rows that a run held back: of the test, else of the validation; and notes.
+
+    Raises:
+        RecipeError: It held none back, or its data are not there any more.
+    """
+    recipe = read_recipe(folder)
+    assert recipe.data is not None
+    splits = load_splits(recipe.data, task.roles, recipe.seed, task.group, task.check)
+    rows = splits.test or splits.validation
+    if not rows:
+        raise RecipeError(f"The run in {str(folder)!r} held no rows back; name data to measure on with --data.")
+    return rows, splits.notes
+
+
 def _inputs(task: Task) -> Any:
     """A task's roles without what it is to answer."""
     choices = tuple(tuple(r for r in choice if r not in ANSWERS) for choice in task.roles.choices)
@@ -91,12 +106,7 @@ def evaluate_run(
 
     task, _ = read_task(folder)
     if source is None:
-        recipe = read_recipe(folder)
-        assert recipe.data is not None
-        splits = load_splits(recipe.data, task.roles, recipe.seed, task.group, task.check)
-        rows, notes = splits.test or splits.validation, splits.notes
-        if not rows:
-            raise RecipeError(f"The run in {str(folder)!r} held no rows back; name data to measure on with --data.")
+        rows, notes = rows_of_run(folder, task)
     else:
         rows, notes = load_rows(source, task.data, task.roles, task.check)
         task.check_labels("given", rows)

@@ -295,7 +295,7 @@ def _from_hub(name: str, config: str | None) -> dict[str, Table]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RecipeError(
             f"{name!r} is no file or folder here, and as a data set of the Hub it cannot be loaded: {reason.rstrip('.')}. "
-            "Packaged data: packaged:imdb, packaged:ner."
+            f"Packaged data: {', '.join(packaged.PREFIX + n for n in packaged.DATA)}."
         ) from None
     return {_split_name(split): _hub_table(rows, f"{known}, {split}") for split, rows in loaded.items()}
 
