@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +177,15 @@ class RecipeTrainer(Trainer):
     @property
     def _plain(self) -> bool:
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:  # torch says of a full disk that a stream failed
+            folder = self.args.output_dir or "."
+            if "stream" not in str(error).lower() and shutil.disk_usage(folder).free > 2**20:
+                raise
+            raise OSError(errno.ENOSPC, "No space left on device", folder) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self._plain:
@@ -381,7 +392,7 @@ def training_arguments(recipe: Recipe, folder: Path, task_name: str, rows: int, 
 
 
 class Progress(TrainerCallback):
-    """Tells of each evaluation, measures steps, and turns Ctrl-C into a checkpoint and a clean stop.
+    """Tells of each evaluation, measures steps, and turns Ctrl-C and SIGTERM into a checkpoint and a clean stop.
 
     Args:
         tell: Prints a line.
@@ -395,21 +406,21 @@ class Progress(TrainerCallback):
         self.loss = float("nan")
         self._start = 0.0
         self.catch_up: Callable[[], None] = lambda: None
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over Ctrl-C, where this thread may."""
+        """Take over Ctrl-C, and what a cluster sends before it ends a job, where this thread may."""
         self.catch_up()
         try:
-            self._before = signal.signal(signal.SIGINT, self._stop)
+            self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:
-            self._before = None
+            self._before = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give Ctrl-C back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        """Give them back."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
 
     def _stop(self, *_: Any) -> None:
         if self.stopped:
