@@ -14,6 +14,7 @@ VENV ?= .venv
 PEER ?= .venv-peer
 PEER_VERSION ?= 0.21.2
 HUB ?= .venv-hub
+SNAKE ?= .venv-snakemake
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 QUICK ?=
@@ -28,7 +29,7 @@ PEFT_HUB_PYTHON ?= $(abspath $(HUB))/bin/python
 export PEFT_PEER_PYTHON PEFT_HUB_PYTHON TOKENIZERS_PARALLELISM
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test peer lint format typecheck bench clean
+.PHONY: help install demo test hub workflow peer lint format typecheck bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,9 @@ test: $(VENV)/.installed peer ## run the tests, the slow ones left out
 
 hub: $(VENV)/.installed $(HUB)/.installed ## create .venv-hub with adapter-hub's library, and compare with it
 	$(BIN)/python -m pytest tests/test_adapter_hub.py
+
+workflow: $(VENV)/.installed $(SNAKE)/.installed ## run the Snakemake workflow, and training with two processes, on tiny data
+	PEFT_SNAKEMAKE=$(abspath $(SNAKE))/bin/snakemake $(BIN)/python -m pytest tests/test_workflow.py
 
 peer: $(PEER)/.installed ## create .venv-peer, the environment that tests compare with
 
@@ -62,7 +66,7 @@ bench: $(VENV)/.installed peer ## measure against the peer; QUICK=1 takes under 
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
 
 clean: ## remove environments, caches and build folders; results in runs/ stay
-	rm -rf $(VENV) $(PEER) $(HUB) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEER) $(HUB) $(SNAKE) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Stamps: written when all of an environment is in place, and out of date when what they depend on is newer.
@@ -80,6 +84,13 @@ $(PEER)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/python $(INSTALL) torch
 	$(PEER)/bin/python $(INSTALL) transformers peft==$(PEER_VERSION)
+	@touch $@
+
+# Apart from torch's environment: Snakemake only starts commands.
+$(SNAKE)/.installed: constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(SNAKE)
+	$(SNAKE)/bin/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) 'snakemake>=9'
 	@touch $@
 
 # That library needs an older transformers, so the constraints are for torch alone.

@@ -59,6 +59,7 @@ def test_plan_tells_modules_memory_and_time_and_changes_nothing(recipe):
     assert found["kinds"] == {"query": 2, "value": 2} and found["trained_parameters"] == 2 * 32 + 2 + 4 * 4 * 64
     assert found["gradients"] == 4 * found["trained_parameters"] and found["optimizer"] == 2 * found["gradients"]
     assert found["weights"] == 4 * found["parameters"] and found["activations"] > 10_000
+    assert found["process"] > found["weights"] + found["activations"]
     assert found["steps"] == 20 and found["step_seconds"] > 0
     assert "memory: activations" in run("plan", recipe).output
 

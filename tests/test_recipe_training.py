@@ -18,8 +18,10 @@ def bases(tmp_path_factory):
 
 
 ROWS = {
-    "sequence-classification": ("bert", data.reviews(40)), "token-classification": ("bert", data.entities()), "causal-lm": ("llama", pairs()),
-}  # fmt: skip
+    "sequence-classification": ("bert", data.reviews(40)),
+    "token-classification": ("bert", data.entities()),
+    "causal-lm": ("llama", pairs()),
+}
 
 
 @pytest.fixture
@@ -42,7 +44,9 @@ def steps(result, key="loss"):
 
 @pytest.mark.parametrize("task", ROWS)
 def test_a_step_of_several_batches_is_that_of_one_batch_as_large(train, task):
-    steady = ["training.length_grouping=false"] + (["model.config.hidden_dropout_prob=0.0"] if ROWS[task][0] == "bert" else [])
+    steady = ["training.length_grouping=false"] + (
+        ["model.config.hidden_dropout_prob=0.0"] if ROWS[task][0] == "bert" else []
+    )
     one = train(task, "training.batch_size=8", *steady)
     several = train(task, "training.batch_size=2", "training.gradient_accumulation=4", *steady)
     # Batches of tokens differ in how many of them count, where a step's mean is one of means.
@@ -62,7 +66,9 @@ def test_bfloat16_on_a_cpu_and_checkpointing(train):
     assert kinds == {"weight": torch.bfloat16}
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has the precision that is refused without a GPU")
+@pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="this machine has the precision that is refused without a GPU"
+)
 def test_float16_without_a_gpu_is_refused(train):
     with pytest.raises(RecipeError, match="mixed_precision is fp16, which needs a GPU"):
         train("sequence-classification", "training.mixed_precision=fp16")

@@ -6,9 +6,9 @@ import pytest
 
 import peft
 import recipe_data as data
+from peft.recipes import rates
 from peft.recipes.data import draw, find_columns, load_splits
 from peft.recipes.errors import RecipeError
-from peft.recipes import rates
 from peft.recipes.methods import build_config, method_info, methods
 from peft.recipes.recipe import TASKS, DataSection, GenerationSection, MethodSection, make_recipe, read_recipe
 from peft.recipes.sources import read_source
@@ -72,7 +72,7 @@ def test_a_recipe_with_short_forms_and_overrides(recipe_file):
         (("epochs: 2", "epochs: yes"), r"line 9: training.epochs: it is true; it should be a number"),
         (("training:\n  epochs: 2", "training: 2"), r"line 8: training is 2; it should hold keys and values"),
         (("  train: reviews.csv", "  trian: reviews.csv"), r"recipe.yaml, line 7: unknown key 'trian' in data \(did you mean 'train'\?\)$"),
-        (("task: sequence-classification", "tasks:\n  a/b: {task: seq2seq, data: x.csv}"), r"line 1: tasks: 'a/b' cannot be the name of an adapter"),
+        (("task: sequence-classification", "tasks:\n  a/b: {task: seq2seq, data: x.csv}"), r"line 1: tasks: 'a/b' cannot be the name of"),
         ((GOOD, ""), "is empty. `peft init` writes one"),
     ],
 )  # fmt: skip
@@ -88,16 +88,37 @@ def test_a_wrong_recipe_is_refused_with_the_line_and_the_mend(recipe_file, chang
         (("  r: 4", "  r: 0"), r"recipe.yaml, line 5: method 'lora': `r` should be"),
         (("name: lora", "name: lorra"), r"recipe.yaml, line 4: There is no method 'lorra'"),
         (("reviews.csv", "review.csv"), r"recipe.yaml, line 7: There is no file 'review.csv'"),
-        (("  train: reviews.csv", "  train: reviews.csv\n  columns: {text: body}"), r"recipe.yaml, line 8: data.columns.text: .* no column 'body'"),
-        (("  train: reviews.csv", "  train: reviews.csv\n  test: new.csv"), r"recipe.yaml, line 8: There is no file 'new.csv'"),
-        (("  train: reviews.csv", "  train: reviews.csv\n  test: validation"), r"line 8: data.test is 'validation', but 'reviews.csv' has no such split"),
-        (("training:", "  validation_size: 0\ntraining:\n  early_stopping: 1"), r"line 10: training.early_stopping needs rows to evaluate on"),
-        (("epochs: 2", "report_to: [wandbb]\n  epochs: 2"), r"line 9: training.report_to: 'wandbb' is not known \(did you mean 'wandb'"),
-        (("epochs: 2", "report_to: [comet_ml]\n  epochs: 2"), r"line 9: training.report_to: comet_ml is not installed: pip install comet_ml"),
-        (("epochs: 2", "trainer: {lr: 1}\n  epochs: 2"), r"line 9: training.trainer.lr: transformers' TrainingArguments has no such"),
+        (
+            ("  train: reviews.csv", "  train: reviews.csv\n  columns: {text: body}"),
+            r"recipe.yaml, line 8: data.columns.text: .* no column 'body'",
+        ),
+        (
+            ("  train: reviews.csv", "  train: reviews.csv\n  test: new.csv"),
+            r"recipe.yaml, line 8: There is no file 'new.csv'",
+        ),
+        (
+            ("  train: reviews.csv", "  train: reviews.csv\n  test: validation"),
+            r"line 8: data.test is 'validation', but 'reviews.csv' has no such split",
+        ),
+        (
+            ("training:", "  validation_size: 0\ntraining:\n  early_stopping: 1"),
+            r"line 10: training.early_stopping needs rows to evaluate on",
+        ),
+        (
+            ("epochs: 2", "report_to: [wandbb]\n  epochs: 2"),
+            r"line 9: training.report_to: 'wandbb' is not known \(did you mean 'wandb'",
+        ),
+        (
+            ("epochs: 2", "report_to: [comet_ml]\n  epochs: 2"),
+            r"line 9: training.report_to: comet_ml is not installed: pip install comet_ml",
+        ),
+        (
+            ("epochs: 2", "trainer: {lr: 1}\n  epochs: 2"),
+            r"line 9: training.trainer.lr: transformers' TrainingArguments has no such",
+        ),
         (("packaged:minilm", "./no-such-model"), r"recipe.yaml, line 2: There is no model folder './no-such-model'"),
     ],
-)  # fmt: skip
+)
 def test_what_is_found_later_points_at_the_line_too(recipe_file, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     data.write_csv(tmp_path / "reviews.csv", data.reviews(24))
@@ -285,7 +306,9 @@ def test_missing_files_and_unknown_packages_are_refused(tmp_path):
     data.write_csv(tmp_path / "reviews.csv", data.reviews(4))
     with pytest.raises(RecipeError, match=r"no file .*\(did you mean 'reviews\.csv'"):
         read_source(str(tmp_path / "review.csv"))
-    with pytest.raises(RecipeError, match="known are packaged:imdb, packaged:rotten-tomatoes, packaged:topic, packaged:ner"):
+    with pytest.raises(
+        RecipeError, match="known are packaged:imdb, packaged:rotten-tomatoes, packaged:topic, packaged:ner"
+    ):
         read_source("packaged:imbd")
     with pytest.raises(RecipeError, match=r"needs a file named train"):
         read_source(str(tmp_path))
@@ -337,27 +360,47 @@ def test_the_columns_of_an_instruction_set_are_joined():
 
 # What the best-known data sets of the Hub look like: columns, their kinds, two rows.
 HUB = {
-    "yelp": ("sequence-classification", {"text": "string", "label": ["1", "2"]}, [{"text": "bad", "label": 0}, {"text": "good", "label": 1}]),
-    "sst2": ("sequence-classification", {"sentence": "string", "label": ["neg", "pos"]}, [{"sentence": "bad", "label": 0}, {"sentence": "good", "label": 1}]),
+    "yelp": (
+        "sequence-classification",
+        {"text": "string", "label": ["1", "2"]},
+        [{"text": "bad", "label": 0}, {"text": "good", "label": 1}],
+    ),
+    "sst2": (
+        "sequence-classification",
+        {"sentence": "string", "label": ["neg", "pos"]},
+        [{"sentence": "bad", "label": 0}, {"sentence": "good", "label": 1}],
+    ),
     "qnli": (
         "sequence-classification",
         {"question": "string", "sentence": "string", "label": ["yes", "no"]},
         [{"question": "who", "sentence": "me", "label": 0}, {"question": "why", "sentence": "so", "label": 1}],
     ),
-    "go_emotions": ("sequence-classification", {"text": "string", "labels": [["joy", "fear"]]}, [{"text": "a", "labels": [0]}, {"text": "b", "labels": [0, 1]}]),
+    "go_emotions": (
+        "sequence-classification",
+        {"text": "string", "labels": [["joy", "fear"]]},
+        [{"text": "a", "labels": [0]}, {"text": "b", "labels": [0, 1]}],
+    ),
     "conll2003": (
         "token-classification",
         {"tokens": ["string"], "pos_tags": [["N", "V"]], "ner_tags": [["O", "B-x", "I-x"]]},
         [{"tokens": ["Ann"], "pos_tags": [0], "ner_tags": [1]}, {"tokens": ["ran"], "pos_tags": [1], "ner_tags": [0]}],
     ),
-    "alpaca": ("causal-lm", {"instruction": "string", "input": "string", "output": "string"}, [{"instruction": "do", "input": "", "output": "done"}]),
+    "alpaca": (
+        "causal-lm",
+        {"instruction": "string", "input": "string", "output": "string"},
+        [{"instruction": "do", "input": "", "output": "done"}],
+    ),
     "xsum": ("seq2seq", {"document": "string", "summary": "string"}, [{"document": "long", "summary": "short"}]),
-}  # fmt: skip
+}
 TAKEN = {
-    "yelp": {"text": "good", "label": "2"}, "sst2": {"text": "good", "label": "pos"}, "qnli": {"text": "why", "text_pair": "so", "label": "no"},
-    "go_emotions": {"text": "b", "label": ["joy", "fear"]}, "conll2003": {"tokens": ["ran"], "tags": ["O"]},
-    "alpaca": {"prompt": {"instruction": "do", "input": ""}, "response": "done"}, "xsum": {"source": "long", "target": "short"},
-}  # fmt: skip
+    "yelp": {"text": "good", "label": "2"},
+    "sst2": {"text": "good", "label": "pos"},
+    "qnli": {"text": "why", "text_pair": "so", "label": "no"},
+    "go_emotions": {"text": "b", "label": ["joy", "fear"]},
+    "conll2003": {"tokens": ["ran"], "tags": ["O"]},
+    "alpaca": {"prompt": {"instruction": "do", "input": ""}, "response": "done"},
+    "xsum": {"source": "long", "target": "short"},
+}
 
 
 def fake_hub(monkeypatch, columns, rows, splits=("train", "test")):
@@ -399,11 +442,16 @@ def test_a_test_split_that_keeps_its_labels_to_itself_is_left_out_and_said(monke
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: whole)
     splits, _ = splits_of(train="sst2", test_size=4)
     assert len(splits.test) == 4 and all(row["label"] in ("neg", "pos") for row in splits.test)
-    assert any(n.startswith("The source's test rows are left out, and others drawn in their place") for n in splits.notes)
+    assert any(
+        n.startswith("The source's test rows are left out, and others drawn in their place") for n in splits.notes
+    )
 
 
 def test_the_hub_out_of_reach_is_one_line():
-    with pytest.raises(RecipeError, match=r"'no-such-set' is no file or folder here, and as a data set of the Hub it cannot be loaded: .*$") as found:
+    with pytest.raises(
+        RecipeError,
+        match=r"'no-such-set' is no file or folder here, and as a data set of the Hub it cannot be loaded: .*$",
+    ) as found:
         read_source("no-such-set")
     assert "\n" not in str(found.value)
 

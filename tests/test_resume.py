@@ -17,9 +17,14 @@ import recipe_data as data
 from peft.recipes.methods import methods
 
 # What is made by a network while it trains has more to keep than what is saved at the end; these are the ones worth testing each time.
-OFTEN = {"prefix-tuning with a projection": {"name": "prefix-tuning", "prefix_projection": True}, "p-tuning": {"name": "p-tuning"}}
+OFTEN = {
+    "prefix-tuning with a projection": {"name": "prefix-tuning", "prefix_projection": True},
+    "p-tuning": {"name": "p-tuning"},
+}
 CASES = OFTEN | {
-    name: {"name": name} for name in methods() if name.islower() and name not in (*OFTEN, "trainable-tokens") and "_" not in name
+    name: {"name": name}
+    for name in methods()
+    if name.islower() and name not in (*OFTEN, "trainable-tokens") and "_" not in name
 }
 SLOW = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in CASES]
 

@@ -39,20 +39,35 @@ class Friendly(TyperGroup):
         ctx.meta["debug"] = "--debug" in args or bool(os.environ.get("PEFT_DEBUG"))
         return super().parse_args(ctx, [a for a in args if a != "--debug"])
 
-    def main(self, args: Any = None, prog_name: str | None = "peft", standalone_mode: bool = True, **more: Any) -> Any:
+    def main(
+        self,
+        args: Any = None,
+        prog_name: str | None = "peft",
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Say in one line what is wrong with a command, in place of a box of four."""
         given = sys.argv[1:] if args is None else list(args)
-        if not standalone_mode or not given:
-            return super().main(args, prog_name, standalone_mode=standalone_mode, **more)
+        alone = not given and standalone_mode  # the help, and its own exit status
         try:
-            code = super().main(args, prog_name, standalone_mode=False, **more)
+            code = super().main(
+                args, prog_name, complete_var, standalone_mode=alone, windows_expand_args=windows_expand_args, **extra
+            )
         except UsageError as error:
-            where = error.ctx.command_path if getattr(error, "ctx", None) is not None else prog_name
+            if not standalone_mode:
+                raise
             said = error.format_message().rstrip(".")
+            where = error.ctx.command_path if getattr(error, "ctx", None) is not None else prog_name
             _print_error(f"{said}{'' if said.endswith('?') else '.'} `{where} --help` tells more.")
             code = error.exit_code
         except typer.Abort:
+            if not standalone_mode:
+                raise
             code = 130
+        if not standalone_mode:
+            return code
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -86,7 +101,9 @@ def _print_error(message: str) -> None:
 
 def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"No space is left on the device for {error.filename or 'the result'}. Free some, or choose another folder."
+        return (
+            f"No space is left on the device for {error.filename or 'the result'}. Free some, or choose another folder."
+        )
     if isinstance(error, PermissionError):
         return f"No permission to write {error.filename}. Choose another folder."
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
@@ -202,7 +219,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
     with_report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write report.html and its pictures into the folder at the end.")
+        bool,
+        typer.Option("--report/--no-report", help="Write report.html and its pictures into the folder at the end."),
     ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")] = False,
 ) -> None:
@@ -336,10 +354,9 @@ def predict(
     From a file: `peft predict runs/imdb-lora --file new.csv > answers.jsonl`; several adapters at once, on one base model:
     `peft predict --adapters mood=runs/mood,topic=runs/topic "What a film!"`
     """
+    from .recipes.multitask import parse_adapters, predict_tasks, task_folders
     from .recipes.predict import predict as answers_of
     from .recipes.runs import load_run
-
-    from .recipes.multitask import parse_adapters, predict_tasks, task_folders
 
     if adapters is not None:
         given = [*([str(folder)] if folder is not None else []), *(texts or [])]

@@ -144,6 +144,7 @@ def plan(
         ["memory: optimiser", _megabytes(found["optimizer"])],
         [f"memory: activations (at {found['longest']} tokens, at most)", _megabytes(found["activations"])],
         ["memory together", _megabytes(memory)],
+        [f"peak of {'the GPU' if found['device'] == 'cuda' else 'the process'}, as measured", _megabytes(found["process"])],
         ["time of a step", f"{1000 * found['step_seconds']:.0f} ms"],
         ["steps", f"{found['steps']:,}"],
         ["time of the training", f"{found['seconds'] / 60:.1f} minutes"],
@@ -173,7 +174,9 @@ def merge(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(help="Folder of a run or an adapter (adapter-hub's too), or a file of LyCORIS.", show_default=False),
+        typer.Argument(
+            help="Folder of a run or an adapter (adapter-hub's too), or a file of LyCORIS.", show_default=False
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="Folder for the new adapter.", show_default=False)],
     to: Annotated[str, typer.Option(help="lora, or peft: the same method in this library's files.")] = "lora",

@@ -175,7 +175,9 @@ def _write_lora(model: Any, source: Path, target: Path, rank: int) -> tuple[Any,
         f"It misses {missed:.2%} of the change (Frobenius), {worst:.2%} in the worst layer.",
     ]
     if beside and whole:
-        lines.append(f"{(beside / whole) ** 0.5:.2%} of the change is in biases, norms and embeddings, which LoRA does not hold.")
+        lines.append(
+            f"{(beside / whole) ** 0.5:.2%} of the change is in biases, norms and embeddings, which LoRA does not hold."
+        )
     return written.eval(), lines
 
 

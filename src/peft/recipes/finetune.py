@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from transformers import PrinterCallback, ProgressCallback
 from ..core.files import write_atomically
 from ..core.status import count_parameters
 from . import models
+from .costs import peak_memory
 from .data import load_splits
 from .errors import RecipeError, blame, need
 from .predict import predict
@@ -124,7 +123,9 @@ def _folder(folder: Path, main: bool) -> Iterator[None]:
     except OSError as error:
         is_file = isinstance(error, (FileExistsError, NotADirectoryError))
         reason = "a file is in its way" if is_file else error.strerror
-        raise RecipeError(f"`out` is {str(folder)!r}, which cannot be made: {reason}. Name another folder.", "out") from None
+        raise RecipeError(
+            f"`out` is {str(folder)!r}, which cannot be made: {reason}. Name another folder.", "out"
+        ) from None
     try:
         yield
     except BaseException:
@@ -275,7 +276,15 @@ def _look_at(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, main: 
 def _remove_result(folder: Path) -> None:
     """Remove an earlier result: a full model beside an adapter would leave open which of them counts."""
     if (folder / METRICS_FILE).exists() or (folder / TASK_FILE).exists():
-        for pattern in (METRICS_FILE, TASK_FILE, "adapter_*", "model*.safetensors*", "config.json", "report.html", "*.png"):
+        for pattern in (
+            METRICS_FILE,
+            TASK_FILE,
+            "adapter_*",
+            "model*.safetensors*",
+            "config.json",
+            "report.html",
+            "*.png",
+        ):
             for path in folder.glob(pattern):
                 path.unlink()
 
@@ -306,20 +315,16 @@ def _report(
 ) -> dict[str, Any]:
     from .. import __version__
 
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    )
     details = (found["test"] or found["validation"] or {}).get("details", {})
     numbers = {s: {k: v for k, v in f.items() if k != "details"} if f else None for s, f in found.items()}
     steps = progress.seconds[min(2, len(progress.seconds) - 1) :]
     return {
-        "task": task.name, "model": recipe.model.name, "data": recipe.dump()["data"]["train"], "method": recipe.method.name, "options": recipe.method.options, "seed": recipe.seed,
+        "task": task.name, "model": recipe.model.name, "data": recipe.dump()["data"]["train"],
+        "method": recipe.method.name, "options": recipe.method.options, "seed": recipe.seed,
         "metric": task.metric, "greater_is_better": task.greater_is_better, "validation": numbers["validation"], "test": numbers["test"],
         "best": trainer.best, "trained_parameters": counts[0], "parameters": counts[1], "learning_rate": trainer.args.learning_rate,
         "steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": round(seconds, 2),
-        "step_ms": round(1000 * statistics.median(steps), 2) if steps else None, "peak_mb": round(peak, 1), "bytes": 0,
+        "step_ms": round(1000 * statistics.median(steps), 2) if steps else None, "peak_mb": round(peak_memory() / 2**20, 1), "bytes": 0,
         "device": str(next(trainer.model.parameters()).device.type),  # type: ignore[union-attr]
         "history": trainer.state.log_history, "details": details,
         "versions": {"peft": __version__, "torch": torch.__version__},

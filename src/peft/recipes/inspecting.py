@@ -19,6 +19,7 @@ from ..core.status import count_parameters
 from ..registry import get_method
 from . import models
 from .converting import open_adapter
+from .costs import peak_memory
 from .errors import RecipeError
 from .methods import MethodInfo, methods
 from .recipe import DataSection, GenerationSection, MethodSection, ModelSection, as_recipe
@@ -168,6 +169,8 @@ def plan(recipe: Any, *overrides: str, probe: int = 3, tell: Callable[[str], Non
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     longest = features[-size:]
     saved = _saved_bytes(model, task, longest, device)
+    # What was measured of the whole process, and what the optimiser will add to it.
+    process = peak_memory() + 2 * gradients
     middle = max(0, (len(features) - size) // 2)
     seconds = _seconds(model, task, features[middle : middle + size], device, probe)
     args = training_arguments(recipe, Path("unused"), task.name, len(splits.train), bool(splits.validation))
@@ -176,7 +179,8 @@ def plan(recipe: Any, *overrides: str, probe: int = 3, tell: Callable[[str], Non
     return {
         "method": recipe.method.name, "modules": names, "kinds": dict(Counter(n.rpartition(".")[2] for n in names)),
         "trained_parameters": trained, "parameters": total, "weights": weights, "gradients": gradients, "optimizer": 2 * gradients,
-        "activations": saved, "longest": max(len(f["input_ids"]) for f in longest), "step_seconds": seconds, "steps": steps,
+        "activations": saved, "process": process,
+        "longest": max(len(f["input_ids"]) for f in longest), "step_seconds": seconds, "steps": steps,
         "seconds": seconds * steps * args.gradient_accumulation_steps, "learning_rate": args.learning_rate, "device": device.type,
     }  # fmt: skip
 
@@ -198,8 +202,11 @@ def _saved_bytes(model: Any, task: Any, features: Any, device: torch.device) -> 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**_batch(task, features, device)).loss
-    del loss
-    return sum(seen.values())
+    total = sum(seen.values())
+    seen.clear()
+    loss.backward()  # the peak of memory lies in here
+    model.zero_grad(set_to_none=True)
+    return total
 
 
 def _seconds(model: Any, task: Any, features: Any, device: torch.device, probe: int) -> float:

@@ -135,9 +135,7 @@ def build_config(section: MethodSection, task_type: str | None) -> Any:
     for option in section.options:
         if option not in known:
             hint = did_you_mean(option, known) or f". Its options are {', '.join(sorted(known))}."
-            raise RecipeError(
-                f"method.{option}: the method {info.name!r} has no such option{hint}", f"method.{option}"
-            )
+            raise RecipeError(f"method.{option}: the method {info.name!r} has no such option{hint}", f"method.{option}")
     start = {k: v for k, v in START.get(info.peft_type, {}).items() if k in known}
     try:
         return info.config_cls(task_type=task_type, **{**start, **info.options, **section.options})

@@ -56,7 +56,9 @@ def rotten_tomatoes() -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
 def topic() -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
     """Sentences about films (critics') and about everyday life (the messages of :func:`ner`), as many of each."""
     everyday = [{"text": " ".join(row["tokens"]), "label": "everyday"} for row in ner()[0]]
-    films = [{"text": row["text"], "label": "film"} for row in _films("rotten_tomatoes")[:: max(1, 8530 // len(everyday))]]
+    films = [
+        {"text": row["text"], "label": "film"} for row in _films("rotten_tomatoes")[:: max(1, 8530 // len(everyday))]
+    ]
     return films[: len(everyday)] + everyday, {}
 
 

@@ -27,7 +27,8 @@ WIDTH = 4.7
 STYLE: Any = {
     "figure.dpi": 200, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e7ec",
     "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.fontsize": 9,
+    "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "legend.fontsize": 9,
 }  # fmt: skip
 
 
@@ -83,7 +84,11 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
         figure, axes = plt.subplots(figsize=(max(size, 3.4), size * 0.9))
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.set_xticks(
-            range(len(labels)), labels, rotation=40 if slant else 0, ha="right" if slant else "center", rotation_mode="anchor"
+            range(len(labels)),
+            labels,
+            rotation=40 if slant else 0,
+            ha="right" if slant else "center",
+            rotation_mode="anchor",
         )
         axes.set_yticks(range(len(labels)), labels)
         axes.set(xlabel="predicted", ylabel="true")
@@ -141,7 +146,9 @@ def _name_points(figure: Any, axes: Any, points: dict[str, tuple[float, float, f
     renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
     scale = figure.dpi / 72
     spots = [axes.transData.transform((across, up)) for across, up, _ in points.values()]
-    taken = [matplotlib.transforms.Bbox.from_bounds(a - 5 * scale, b - 5 * scale, 10 * scale, 10 * scale) for a, b in spots]
+    taken = [
+        matplotlib.transforms.Bbox.from_bounds(a - 5 * scale, b - 5 * scale, 10 * scale, 10 * scale) for a, b in spots
+    ]
     sides = [
         (8, 0, "left", "center"), (-8, 0, "right", "center"), (0, 9, "center", "bottom"), (0, -9, "center", "top"),
         (6, 8, "left", "bottom"), (6, -8, "left", "top"), (-6, 8, "right", "bottom"), (-6, -8, "right", "top"),
@@ -154,7 +161,8 @@ def _name_points(figure: Any, axes: Any, points: dict[str, tuple[float, float, f
             box = text.get_window_extent(renderer)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 + 4 or box.y0 < frame.y0 or box.y1 > frame.y1 + 4
             covered = sum(
-                max(0.0, min(box.x1, t.x1) - max(box.x0, t.x0)) * max(0.0, min(box.y1, t.y1) - max(box.y0, t.y0)) for t in taken
+                max(0.0, min(box.x1, t.x1) - max(box.x0, t.x0)) * max(0.0, min(box.y1, t.y1) - max(box.y0, t.y0))
+                for t in taken
             )
             cost = covered + (box.width * box.height if outside else 0.0)
             if best is None or cost < best[0] - 1e-9:
@@ -171,7 +179,7 @@ def dots(values: dict[str, Sequence[float]], x: str) -> bytes:
     """A line for each name: a small dot for each seed, a large one with a bar for mean and standard deviation."""
     with plt.rc_context({**STYLE, "axes.grid.axis": "x"}):
         figure, axes = plt.subplots(figsize=(WIDTH, 0.8 + 0.32 * len(values)))
-        for row, (name, found) in enumerate(reversed(values.items())):
+        for row, found in enumerate(reversed(values.values())):
             mean, deviation = np.mean(found), np.std(found, ddof=1) if len(found) > 1 else None
             if len(found) > 1:
                 axes.plot(found, [row] * len(found), "o", ms=3.5, color="#9aa5b1", zorder=2)
@@ -210,6 +218,14 @@ def scatter(points: Sequence[Sequence[float]]) -> bytes:
         axes.scatter(across, up, s=12, alpha=0.6, color=COLORS[0], linewidths=0)
         ends = [min(*across, *up), max(*across, *up)]
         axes.plot(ends, ends, color=SOFT, lw=1)
-        axes.annotate("predicted = true", (ends[1], ends[1]), (-4, -2), textcoords="offset points", ha="right", va="top", fontsize=8.5)
+        axes.annotate(
+            "predicted = true",
+            (ends[1], ends[1]),
+            (-4, -2),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8.5,
+        )
         axes.set(xlabel="true", ylabel="predicted")
         return _png(figure)

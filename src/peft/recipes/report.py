@@ -25,7 +25,8 @@ COSTS = (
 # Names of metrics, as people write them.
 METRICS = {
     "accuracy": "accuracy", "f1": "F1", "f1_macro": "F1, macro", "f1_micro": "F1, micro", "mcc": "Matthews correlation", "bleu": "BLEU",
-    "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact_match": "exact match", "mae": "mean absolute error",
+    "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact_match": "exact match",
+    "mae": "mean absolute error",
     "pearson": "Pearson correlation", "spearman": "Spearman correlation", "token_accuracy": "token accuracy",
 }  # fmt: skip
 
@@ -58,9 +59,7 @@ class Page:
         text = html.escape(caption)
         width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
         shown = width * 96 // plots.STYLE["figure.dpi"]
-        image = (
-            f'<img width="{width}" height="{height}" style="max-width: {shown}px" src="data:image/png;base64,{data}" alt="{text}">'
-        )
+        image = f'<img width="{width}" height="{height}" style="max-width: {shown}px" src="data:image/png;base64,{data}" alt="{text}">'
         return f"<figure><figcaption>{text}</figcaption>{image}</figure>"
 
     def render(self) -> str:
@@ -121,7 +120,9 @@ def _title(name: str) -> str:
 
 
 def _subtitle(report: dict[str, Any]) -> str:
-    return " · ".join(str(p) for p in (report["model"], report.get("data"), f"seed {report['seed']}", report["device"]) if p)
+    return " · ".join(
+        str(p) for p in (report["model"], report.get("data"), f"seed {report['seed']}", report["device"]) if p
+    )
 
 
 def _held_back(report: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -154,7 +155,9 @@ def _run(page: Page, report: dict[str, Any]) -> None:
     first = [report["metric"]] if report["metric"] in found else []
     names = [*first, *(n for n, v in found.items() if isinstance(v, (int, float)) and n not in first)]
     numbers = [(_metric(name), _number(found[name])) for name in names]
-    page.section(f"On the {split} rows", _numbers(numbers, first=bool(first)) if numbers else "<p>No rows were held back.</p>")
+    page.section(
+        f"On the {split} rows", _numbers(numbers, first=bool(first)) if numbers else "<p>No rows were held back.</p>"
+    )
     cost = [
         ("trained parameters", f"{report['trained_parameters']:,}"),
         ("of all parameters", f"{report['trained_parameters'] / report['parameters']:.3%}"),
@@ -212,7 +215,9 @@ def _labels(table: list[dict[str, Any]]) -> str:
 def _wrong(page: Page, details: dict[str, Any], whose: str = "it", most: int = 20) -> None:
     if not details.get("wrong"):
         return
-    title = details.get("wrong_title", f"Examples {whose} gets wrong" + (", the surest first" if details.get("confusion") else ""))
+    title = details.get(
+        "wrong_title", f"Examples {whose} gets wrong" + (", the surest first" if details.get("confusion") else "")
+    )
     told = any(w["truth"] for w in details["wrong"])
     rows = []
     for w in details["wrong"][:most]:
@@ -255,12 +260,18 @@ def _several(report: dict[str, Any]) -> Page:
     """Tasks on one base: a table of all, what they cost together, and the sections of each."""
     parts = report["tasks"]
     first = next(iter(parts.values()))
-    page = Page(f"{len(parts)} tasks on one base", f"{first['model']} · seed {first['seed']} · {first['device']}", " ".join(report["costs"]))
+    page = Page(
+        f"{len(parts)} tasks on one base",
+        f"{first['model']} · seed {first['seed']} · {first['device']}",
+        " ".join(report["costs"]),
+    )
     rows = []
     for name, part in parts.items():
         _, found = _held_back(part)
         value = f"{_metric(part['metric'])} {found[part['metric']]:.3f}" if part["metric"] in found else "–"
-        rows.append([name, part["task"], part["method"], value, f"{part['trained_parameters']:,}", _size(part["bytes"])])
+        rows.append(
+            [name, part["task"], part["method"], value, f"{part['trained_parameters']:,}", _size(part["bytes"])]
+        )
     head = ["adapter", "task", "method", "on rows held back", "trained parameters", "on disk"]
     page.section("Tasks", _table(head, rows, numbers=(4, 5), kind="wide"))
     for name, part in parts.items():
@@ -327,15 +338,21 @@ def _comparison(comparison: dict[str, Any]) -> Page:
     )  # fmt: skip
     head, body = table_rows(comparison)
     page.section(
-        "Results on rows held back", _table(head, body, numbers=range(1, len(head)), best=0 if done else None, kind="wide"), long=True
+        "Results on rows held back",
+        _table(head, body, numbers=range(1, len(head)), best=0 if done else None, kind="wide"),
+        long=True,
     )
     if done:
         name = _metric(done[0]["metric"])
         trade = {r["method"]: (r["trained_parameters"], r["value"], r["deviation"]) for r in done}
-        against = f"{_title(name)} against trained parameters" + ("; bars: one standard deviation" if len(comparison["seeds"]) > 1 else "")
+        against = f"{_title(name)} against trained parameters" + (
+            "; bars: one standard deviation" if len(comparison["seeds"]) > 1 else ""
+        )
         pictures = [
             page.picture("tradeoff", plots.against(trade, "trained parameters", name, comparison["methods"]), against),
-            page.picture("results", plots.dots({r["method"]: r["values"] for r in done}, name), f"{_title(name)}, the best first"),
+            page.picture(
+                "results", plots.dots({r["method"]: r["values"] for r in done}, name), f"{_title(name)}, the best first"
+            ),
         ]
         if learning := _learning(comparison, done[0]["metric"]):
             png = plots.curves(learning, "step", name, comparison["methods"])
@@ -348,10 +365,15 @@ def _comparison(comparison: dict[str, Any]) -> Page:
         _best_details(page, comparison, done[0]["method"])
     if comparison.get("search"):
         rows_of = [
-            [method, f"{t['rate']:.0e}", f"{t['value']:.3f}", f"{t['loss']:.3f}"] for method, tried in comparison["search"].items() for t in tried
+            [method, f"{t['rate']:.0e}", f"{t['value']:.3f}", f"{t['loss']:.3f}"]
+            for method, tried in comparison["search"].items()
+            for t in tried
         ]
         name = _metric(next((r["metric"] for r in done), "metric"))
-        page.section("Learning rates tried, on the validation rows", _table(["method", "rate", name, "loss"], rows_of, numbers=(1, 2, 3)))
+        page.section(
+            "Learning rates tried, on the validation rows",
+            _table(["method", "rate", name, "loss"], rows_of, numbers=(1, 2, 3)),
+        )
     failures = [[r["method"], f"{r['failed']} of {len(comparison['seeds'])}", r["error"]] for r in rows if r["failed"]]
     if failures:
         page.section("Failures", _table(["method", "seeds", "what it said"], failures, text=(2,), kind="cards"))
@@ -363,7 +385,8 @@ def _verdict(done: list[dict[str, Any]]) -> str:
     """The best method, and the smallest that does as well within the spread."""
     best, name = done[0], _metric(done[0]["metric"])
     spread = f" ± {best['deviation']:.3f} over {best['seeds']} seeds" if best["seeds"] > 1 else ""
-    said = f"Best on rows held back: {best['method']}, {name} {best['value']:.3f}{spread}, with {best['trained_parameters']:,} trained parameters."
+    said = f"Best on rows held back: {best['method']}, {name} {best['value']:.3f}{spread}, "
+    said += f"with {best['trained_parameters']:,} trained parameters."
     as_good = [r for r in done if abs(r["value"] - best["value"]) <= max(best["deviation"], r["deviation"])]
     smallest = min(as_good, key=lambda r: r["trained_parameters"])
     if smallest is not best:

@@ -139,7 +139,9 @@ def export_onnx(folder: Path, target: Path, int8: bool = False) -> Iterator[str]
         with _no_logs():  # it recommends a step that is for pictures
             # A scale for each column: one for a whole matrix costs a small encoder twice as much. Seven bits: eight overflow on CPUs
             # without instructions for them.
-            quantize_dynamic(str(path), str(files["int8"]), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+            quantize_dynamic(
+                str(path), str(files["int8"]), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+            )
     for name, file in files.items():
         found, took = _run_onnx(file, batch)
         difference = disagreement(expected, found)

@@ -318,7 +318,8 @@ def check_training(recipe: Recipe) -> None:
         if key not in known:
             hint = did_you_mean(key, known) or "."
             raise RecipeError(
-                f"training.trainer.{key}: transformers' TrainingArguments has no such argument{hint}", f"training.trainer.{key}"
+                f"training.trainer.{key}: transformers' TrainingArguments has no such argument{hint}",
+                f"training.trainer.{key}",
             )
     for name in t.report_to:
         if name in ("none", "all"):

@@ -55,14 +55,17 @@ class CausalLM(Task):
     @torch.no_grad()
     def check_model(self, model: Any) -> None:
         """Refuse a model whose tokens see those after them: encoders have this head too, and would learn to copy."""
-        ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device) % model.get_input_embeddings().num_embeddings
+        ids = (
+            torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
+            % model.get_input_embeddings().num_embeddings
+        )
         was_training = model.training
         one, other = model.eval()(input_ids=ids).logits[:, :3]
         model.train(was_training)
         if not torch.allclose(one, other, rtol=1e-2, atol=1e-2):
             raise RecipeError(
-                f"The model is a {model.config.model_type} whose tokens see those that follow, so it cannot learn to write. Choose a decoder, "
-                "or set model.config.is_decoder to true."
+                f"The model is a {model.config.model_type} whose tokens see those that follow, so it cannot learn to write. Choose a "
+                "decoder, or set model.config.is_decoder to true."
             )
 
     # -- features --------------------------------------------------------------------------------------------------
