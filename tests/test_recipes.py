@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import peft
@@ -159,6 +161,14 @@ def test_the_written_template_is_a_valid_recipe(recipe_file, task):
             active.replace("# generation:", "generation:").replace("  validation: null", "").replace("  r: 8", "")
         )
     )
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_recipes_are_valid(path):
+    recipe = read_recipe(path)
+    assert recipe.tasks or recipe.task
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------
@@ -475,8 +485,6 @@ def test_make_recipe_wants_a_mapping():
 
 
 def test_the_documented_learning_rates_are_those_in_force():
-    from pathlib import Path
-
     text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert rates.markdown() in text, "put what `python -m peft.recipes.rates` prints into docs/recipes.md"
     assert rates.COLUMNS == TASKS and rates.RATES.keys() == rates.SOURCES.keys()

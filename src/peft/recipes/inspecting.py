@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,19 @@ def inspect_adapter(folder: Path, with_base: bool = True) -> dict[str, Any]:
     if with_base:
         found["layers"], found["note"] = _changes(folder)
     if not found["layers"]:
-        found["layers"] = [{"name": n, "norm": t.float().norm().item(), "share": None} for n, t in tensors.items()]
+        parts = {n: part for name, tensor in tensors.items() for n, part in _by_layer(config, name, tensor)}
+        found["layers"] = [{"name": n, "norm": t.float().norm().item(), "share": None} for n, t in parts.items()]
     return found
+
+
+def _by_layer(config: Any, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A table of prefixes as the keys and values of each layer, any other tensor as it is."""
+    layers, width = getattr(config, "num_layers", None) or 0, getattr(config, "token_dim", None) or 0
+    if layers and tensor.dim() == 2 and tensor.shape[1] == layers * 2 * width:
+        for i, part in enumerate(tensor.split(width, 1)):
+            yield f"{name}: layer {i // 2}, {'values' if i % 2 else 'keys'}", part
+    else:
+        yield name, tensor
 
 
 def _changes(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
