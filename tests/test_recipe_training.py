@@ -80,6 +80,7 @@ def test_float16_without_a_gpu_is_refused(train):
         ("sequence-classification", {"training.learning_rate": "1e30"}, r"The loss is nan at step \d+: .* Lower training.learning_rate"),
         ("sequence-classification", {"model.dtype": "float16", "method": "full"}, "would train weights in float16, where updates get lost"),
         ("sequence-classification", {"training.early_stopping": "2"}, "early_stopping needs rows to evaluate on"),
+        ("sequence-classification", {"examples": "['']"}, "An example cannot be answered: its text is empty"),
         ("causal-lm", {"base": "bert"}, "is a bert whose tokens see those that follow"),
     ],
 )  # fmt: skip

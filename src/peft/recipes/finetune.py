@@ -193,6 +193,15 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
     report = _report(recipe, task, trainer, progress, found, seconds, (trained, total))
     report |= {"notes": notes, "rows": {s: len(getattr(splits, s)) for s in ("train", "validation", "test")}}
     report["examples"] = list(predict(trainer.model, task, task.rows_from_text(recipe.examples)))
+    _write(recipe, task, trainer, tokenizer, report, main)
+    return Result(report["test"] or report["validation"] or {}, report, folder, report["history"])
+
+
+def _write(
+    recipe: Recipe, task: Task, trainer: RecipeTrainer, tokenizer: Any, report: dict[str, Any], main: bool
+) -> None:
+    """Write the result; its metrics come last, and say that it is whole."""
+    folder = recipe.folder
     _save(trainer, folder, main)
     if main:
         tokenizer.save_pretrained(folder)
@@ -201,8 +210,7 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         write_atomically(folder, {name: text.encode() for name, text in files.items()})
         write_atomically(folder, {METRICS_FILE: json.dumps(report, indent=1, default=float).encode()})
         if not recipe.training.keep_checkpoints:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-    return Result(report["test"] or report["validation"] or {}, report, folder, report["history"])
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def prepare(recipe: Recipe, say: Tell) -> tuple[Task, Any, Any, Any]:
@@ -215,6 +223,10 @@ def prepare(recipe: Recipe, say: Tell) -> tuple[Task, Any, Any, Any]:
             "data.packing does not go with virtual tokens: they would belong to the first text of a row alone.",
             "data.packing",
         )
+    with blame("examples"):
+        for row in task.rows_from_text(recipe.examples):
+            if (wrong := task.check_input(row)) is not None:
+                raise RecipeError(f"An example cannot be answered: {wrong}.")
     with blame("data"):
         splits = load_splits(recipe.data, task.roles, recipe.seed, task.group, task.check)
         task.learn(splits)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from pydantic import (  # noqa: E402
 )
 
 from ..core.errors import did_you_mean  # noqa: E402
+from .explaining import SHORT, explain, where  # noqa: E402
 
 TaskName = Literal[
     "sequence-classification", "token-classification", "question-answering", "causal-lm", "seq2seq",
@@ -246,7 +246,7 @@ class Recipe(Section):
 
     def where(self, key: str) -> str:
         """The line of a key, or of the section around it, as errors begin: empty for what no file says."""
-        return _where(tuple(key.split(".")), self._source, self._lines)
+        return where(tuple(key.split(".")), self._source, self._lines)
 
     @contextlib.contextmanager
     def pointing(self) -> Iterator[None]:
@@ -264,7 +264,8 @@ class Recipe(Section):
         own = self.tasks[name]
         one = Recipe(
             task=own.task, model=self.model, method=own.method or self.method, data=own.data, seed=self.seed,
-            training=own.training or self.training, generation=self.generation, out=str(self.folder / name),
+            training=own.training or self.training, generation=self.generation, examples=self.examples,
+            out=str(self.folder / name),
         )  # fmt: skip
         one._source = self._source
         one._lines = self._lines | {path[2:]: n for path, n in self._lines.items() if path[:2] == ("tasks", name)}
@@ -287,7 +288,6 @@ class Recipe(Section):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
 
-SHORT = {"model": "name", "method": "name", "data": "train"}
 SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection, "method": MethodSection, "data": DataSection, "training": TrainingSection, "generation": GenerationSection,
 }  # fmt: skip
@@ -320,7 +320,7 @@ def make_recipe(
     try:
         recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        raise RecipeError("\n".join(_explain(error, source, lines))) from None
+        raise RecipeError("\n".join(explain(error, source, lines, _section))) from None
     recipe._source, recipe._lines = source, lines
     return recipe
 
@@ -434,86 +434,10 @@ def _positions(node: Any, path: tuple[str, ...], source: str) -> Iterator[tuple[
         yield from _positions(value, (*path, key.value), source)
 
 
-def _where(path: tuple[str, ...], source: str, lines: Mapping[tuple[str, ...], int | None]) -> str:
-    """How an error about a key begins: with file and line where the file says it."""
-    known = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    line = lines[known] if known is not None else None
-    if line is not None:
-        return f"{source}, line {line}: "
-    return f"{source}: " if source and known is None else ""
-
-
-# What pydantic finds, in other words.
-WORDS = {
-    "dict_type": "hold keys and values", "model_type": "hold keys and values", "list_type": "be a list: [a, b]",
-    "int_parsing": "be a whole number", "int_type": "be a whole number", "int_from_float": "be a whole number",
-    "float_parsing": "be a number", "float_type": "be a number", "bool_parsing": "be true or false", "bool_type": "be true or false",
-    "string_type": "be text",
-}  # fmt: skip
-
-
-def _explain(
-    error: pydantic.ValidationError, source: str, lines: Mapping[tuple[str, ...], int | None]
-) -> Iterator[str]:
-    """Pydantic's findings, one line each, for people."""
-    findings = {tuple(str(part) for part in f["loc"]): f for f in reversed(error.errors())}
-    misspelt = {
-        (*path[:-1], meant)
-        for path, finding in findings.items()
-        if finding["type"] == "extra_forbidden"
-        for meant in _closest(path)
-    }
-    said: set[tuple[str, ...]] = set()
-    for path, finding in reversed(findings.items()):
-        if path[:2] == ("data", "columns") and len(path) > 3:
-            path = path[:3]  # the choices of a union: one line is enough
-        if path in said or (finding["type"] == "missing" and path in misspelt):
-            continue
-        said.add(path)
-        where, name = _where(path, source, lines), ".".join(path)
-        match finding["type"]:
-            case "extra_forbidden":
-                section = _section(path[:-1])
-                known = list(section.model_fields) if section else []
-                inside = f" in {'.'.join(path[:-1])}" if path[:-1] else ""
-                hint = did_you_mean(path[-1], known) or f"; known are {', '.join(known)}."
-                yield f"{where}unknown key {path[-1]!r}{inside}{hint}"
-            case "missing":
-                yield f"{where}{name} is missing. {_description(path)}"
-            case "literal_error":
-                choices = finding["ctx"]["expected"].replace("'", "")
-                hint = did_you_mean(str(finding["input"]), choices.replace(" or ", ", ").split(", "))
-                yield f"{where}{name} is {finding['input']!r}{hint}; it should be {choices}."
-            case "value_error":
-                yield f"{where}{f'{name}: ' if name else ''}{finding['ctx']['error']}."
-            case kind if kind in WORDS:
-                yield f"{where}{name} is {finding['input']!r}; it should {WORDS[kind]}."
-            case _:
-                yield f"{where}{name} is {finding['input']!r}; {_lower(finding['msg'])}."
-
-
-def _closest(path: tuple[str, ...]) -> list[str]:
-    """Keys that a misspelt one may stand for."""
-    section = _section(path[:-1])
-    return difflib.get_close_matches(path[-1], list(section.model_fields)) if section else []
-
-
 def _section(path: tuple[str, ...]) -> type[BaseModel] | None:
+    """The class of the section at a path."""
     if not path:
         return Recipe
     if path[0] == "tasks":
         return TaskEntry if len(path) == 2 else SECTIONS.get(path[2]) if len(path) == 3 else None
     return SECTIONS.get(path[0])
-
-
-def _description(path: tuple[str, ...]) -> str:
-    section = _section(path[:-1])
-    field = section.model_fields.get(path[-1]) if section else None
-    if path[-1] in SHORT and path[-1] in SECTIONS:
-        field = SECTIONS[path[-1]].model_fields[SHORT[path[-1]]]
-    text = field.description if field is not None else None
-    return f"Give a {text}." if text else f"Add it: {path[-1]}: …"
-
-
-def _lower(message: str) -> str:
-    return (message[:1].lower() + message[1:]).replace("input should", "it should")
