@@ -5,7 +5,7 @@
 #   make help        the other targets
 #
 # To override: PYTHON=python3.12 (any Python >= 3.11), PIP_OPTIONS="..." (passed to every pip install), VENV=folder, PEER=folder,
-# DEMO_ARGS="..." (make demo DEMO_ARGS='--help' lists them), PYTEST_ARGS="...", QUICK=1 (make bench).
+# DEMO_ARGS="..." (make demo DEMO_ARGS='training.epochs=2': keys of the recipe), PYTEST_ARGS="...", QUICK=1 (make bench).
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -15,6 +15,7 @@ PEER ?= .venv-peer
 PEER_VERSION ?= 0.21.2
 HUB ?= .venv-hub
 LYCORIS ?= .venv-lycoris
+SNAKE ?= .venv-snakemake
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 QUICK ?=
@@ -30,7 +31,7 @@ PEFT_LYCORIS_PYTHON ?= $(abspath $(LYCORIS))/bin/python
 export PEFT_PEER_PYTHON PEFT_HUB_PYTHON PEFT_LYCORIS_PYTHON TOKENIZERS_PARALLELISM
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test hub lycoris peer lint format typecheck bench clean
+.PHONY: help install demo test hub lycoris workflow peer lint format typecheck bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +39,7 @@ help: ## list the targets
 install: $(VENV)/.installed ## create .venv with the package (editable) and all tools
 
 demo: $(VENV)/.installed ## fine-tune MiniLM on IMDB with LoRA: some minutes on two cores
-	$(BIN)/python examples/finetune_imdb.py $(DEMO_ARGS)
+	$(BIN)/peft train examples/recipes/demo.yaml --overwrite $(DEMO_ARGS)
 
 test: $(VENV)/.installed peer ## run the tests, the slow ones left out
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
@@ -48,6 +49,9 @@ hub: $(VENV)/.installed $(HUB)/.installed ## create .venv-hub with adapter-hub's
 
 lycoris: $(VENV)/.installed $(LYCORIS)/.installed ## create .venv-lycoris with LyCORIS, and compare with it
 	$(BIN)/python -m pytest tests/test_lycoris.py
+
+workflow: $(VENV)/.installed $(SNAKE)/.installed ## run the Snakemake workflow, and training with two processes, on tiny data
+	PEFT_SNAKEMAKE=$(abspath $(SNAKE))/bin/snakemake $(BIN)/python -m pytest tests/test_workflow.py
 
 peer: $(PEER)/.installed ## create .venv-peer, the environment that tests compare with
 
@@ -67,7 +71,7 @@ bench: $(VENV)/.installed peer ## measure against the peer; QUICK=1 takes under 
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
 
 clean: ## remove environments, caches and build folders; results in runs/ stay
-	rm -rf $(VENV) $(PEER) $(HUB) $(LYCORIS) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEER) $(HUB) $(LYCORIS) $(SNAKE) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Stamps: written when all of an environment is in place, and out of date when what they depend on is newer.
@@ -92,6 +96,12 @@ $(LYCORIS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(LYCORIS)
 	$(LYCORIS)/bin/python $(INSTALL) torch
 	$(LYCORIS)/bin/python $(INSTALL) safetensors lycoris-lora==4.1.3
+
+# Apart from torch's environment: Snakemake only starts commands.
+$(SNAKE)/.installed: constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(SNAKE)
+	$(SNAKE)/bin/python -m pip install --disable-pip-version-check $(PIP_OPTIONS) 'snakemake>=9'
 	@touch $@
 
 # That library needs an older transformers, so the constraints are for torch alone.

@@ -20,7 +20,8 @@ import peft
 import recipe_data as data
 from peft import AutoPeftModelForSequenceClassification
 from peft.cli import app
-from peft.recipes.methods import RATES, methods
+from peft.recipes.methods import methods
+from peft.recipes.rates import RATES
 
 runner = CliRunner()
 SMALL = ["data.max_length=32", "training.batch_size=8", "training.learning_rate=0.01"]
@@ -59,6 +60,7 @@ def trained(bert, reviews, tmp_path_factory):
 
 def test_training_says_what_it_does_and_learns(trained):
     out, said = trained
+    assert (out / "report.html").exists() and f"Report: {out / 'report.html'}" in said
     assert "Rows: 96 train, 12 validation, 12 test." in said and "Labels: neg, pos." in said
     assert re.search(r"Method lora on \w+: [\d,]+ of [\d,]+ parameters train", said)
     assert re.search(r"epoch 6\.00, step 72/72: training loss \d\.\d{3}; validation .*accuracy", said)
@@ -273,6 +275,13 @@ def test_with_lora_plus_b_learns_faster(bert, reviews, tmp_path):
         (["predict", "nowhere", "x"], "There is no folder 'nowhere'"),
         (["predict", "{folder}", "x"], "holds neither a run of `peft train` nor an adapter"),
         (["init", "clasification"], "There is no task 'clasification'"),
+        (["init", "seq2seq", "no/r.yaml"], "There is no folder 'no'"),
+        (["train", "--task", "sequence-classification", "--model", "{bert}", "--data", "{reviews}", "out=/proc/nowhere"],
+         "`out` is '/proc/nowhere', which cannot be made"),
+        (["evaluate", "nowhere"], "There is no folder 'nowhere'"),
+        (["report", "nowhere"], "There is no folder 'nowhere'"),
+        (["inspect", "{folder}"], "holds neither a run of `peft train` nor an adapter"),
+        (["generate", "nowhere", "x", "--temperature", "0"], "--temperature should be above 0"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_and_no_traceback(args, message, bert, reviews, tmp_path, monkeypatch):
@@ -282,6 +291,39 @@ def test_errors_are_one_line_and_no_traceback(args, message, bert, reviews, tmp_
     result = run(*filled, code=1)
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'? `peft --help` tells more."),
+        (["train", "--nope"], "No such option: --nope"),
+        (["report"], "Missing argument 'folder'. `peft report --help` tells more."),
+        (["evaluate", "x", "--limit", "0"], "Invalid value for '--limit'"),
+    ],
+)
+def test_a_wrong_command_is_one_line_too(args, message):
+    result = run(*args, code=2)
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Input 1 of 1 cannot be answered: its text is empty"),
+        ('{"txt": "fine"}', "it has no text"),
+        ('{"text": 5}', "its text is no text"),
+    ],
+)
+def test_an_input_that_cannot_be_answered_is_named(trained, text, message):
+    assert message in run("predict", trained[0], text, code=1).stderr
+
+
+def test_labels_that_the_model_does_not_know_are_refused(trained, tmp_path):
+    file = data.write_csv(
+        tmp_path / "new.csv", [{"text": "the film", "label": "meh"}, {"text": "a story", "label": "pos"}]
+    )
+    assert "labels that are not among 'neg', 'pos': 'meh'" in run("evaluate", trained[0], "--data", file, code=1).stderr
 
 
 def test_a_method_that_leaves_the_head_frozen_is_refused(bert, reviews, tmp_path):

@@ -59,6 +59,7 @@ def test_plan_tells_modules_memory_and_time_and_changes_nothing(recipe):
     assert found["kinds"] == {"query": 2, "value": 2} and found["trained_parameters"] == 2 * 32 + 2 + 4 * 4 * 64
     assert found["gradients"] == 4 * found["trained_parameters"] and found["optimizer"] == 2 * found["gradients"]
     assert found["weights"] == 4 * found["parameters"] and found["activations"] > 10_000
+    assert found["process"] > found["weights"] + found["activations"]
     assert found["steps"] == 20 and found["step_seconds"] > 0
     assert "memory: activations" in run("plan", recipe).output
 
@@ -165,6 +166,45 @@ def test_convert_writes_lora_with_the_same_outputs(trained, tmp_path):
         torch.testing.assert_close(one(**inputs).logits, other(**inputs).logits, atol=1e-4, rtol=1e-3)
     lossy = run("convert", trained, tmp_path / "small", "--rank", 1).output
     assert float(re.search(r"misses ([\d.]+)%", lossy)[1]) > 0.1
+    same = run("convert", trained, tmp_path / "same", "--to", "peft").output
+    assert "holds LORA, in this library's files" in same and "differ by 0.0e+00" in same
+
+
+def test_a_whole_model_becomes_lora_and_virtual_tokens_do_not(recipe, tmp_path):
+    for method in ("full", "prefix-tuning"):
+        args = [
+            "train",
+            recipe,
+            f"method={method}",
+            "training.max_steps=2",
+            "--out",
+            tmp_path / method,
+            "-q",
+            "--no-report",
+        ]
+        run(*args)
+    said = run("convert", tmp_path / "full", tmp_path / "lora", "--rank", 64).output
+    assert "LoRA of rank 48" in said or "LoRA of rank 32" in said
+    assert "0.00% in the worst layer" in said and "is in biases, norms and embeddings, which LoRA does not hold" in said
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    assert "no change of a weight" in run("convert", tmp_path / "prefix-tuning", tmp_path / "x", code=1).stderr
+
+
+def test_a_file_of_lycoris_becomes_an_adapter_of_this_library(bert, tmp_path):
+    from safetensors.torch import save_file
+
+    slots = {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 32)}
+    name = "lycoris_encoder_layer_0_attention_self_query"
+    torch.manual_seed(0)
+    save_file({f"{name}.{slot}": torch.randn(shape) for slot, shape in slots.items()}, tmp_path / "a.safetensors")
+    said = run("convert", tmp_path / "a.safetensors", tmp_path / "loha", "--to", "peft", "--base", bert).output
+    assert (
+        "holds LOHA" in said
+        and json.loads((tmp_path / "loha" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
+    )
+    said = run("convert", tmp_path / "a.safetensors", tmp_path / "lora", "--base", bert).output
+    assert "misses 0.00% of the change" in said
+    assert "name it with --base" in run("convert", tmp_path / "a.safetensors", tmp_path / "x", code=1).stderr
 
 
 def test_export_agrees_with_torch(trained, tmp_path):
@@ -191,11 +231,14 @@ def test_several_tasks_share_one_base(bert, tmp_path):
     path.write_text(
         f"model: {bert}\nout: {tmp_path / 'run'}\ntraining: {{epochs: 6, learning_rate: 0.02}}\ntasks:\n"
         f"  mood: {{task: sequence-classification, data: {reviews}}}\n"
+        f"  topic: {{task: sequence-classification, data: {reviews}, method: prefix-tuning, training: {{epochs: 1}}}}\n"
         f"  names: {{task: token-classification, data: {{train: {entities}, max_length: 48}}}}\n"
     )
     said = run("train", path).output
-    assert "2 adapters take" in said and "Switching from one to the next takes" in said
-    adapters = f"mood={tmp_path / 'run' / 'mood'},names={tmp_path / 'run' / 'names'}"
+    assert "3 adapters take" in said and "Switching from one to the next takes" in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert is_self_contained(page) and "3 tasks on one base" in page and "names: Where it is right" in page
+    adapters = ",".join(f"{name}={tmp_path / 'run' / name}" for name in ("mood", "topic", "names"))
     texts = ["Ann lives in Rome the film was lovely", "a dull story", "Bob lives in Oslo"]
     together = [json.loads(line) for line in run("predict", "--adapters", adapters, *texts).stdout.splitlines()]
 
@@ -203,6 +246,15 @@ def test_several_tasks_share_one_base(bert, tmp_path):
         return [json.loads(line) for line in run("predict", tmp_path / "run" / name, *texts).stdout.splitlines()]
 
     assert [t["names"]["entities"] for t in together] == [a["entities"] for a in alone("names")]
-    assert [t["mood"]["score"] for t in together] == pytest.approx([a["score"] for a in alone("mood")], abs=1e-4)
+    for name in ("mood", "topic"):
+        assert [t[name]["score"] for t in together] == pytest.approx([a["score"] for a in alone(name)], abs=1e-4)
+    assert [json.loads(line) for line in run("predict", tmp_path / "run", *texts).stdout.splitlines()] == together
     assert together[0]["names"]["entities"]
-    assert "name=folder" in run("predict", "--adapters", "mood", "x", code=1).stderr
+    mood = tmp_path / "run" / "mood"
+    for wrong, message in (
+        ("mood", "name=folder"),
+        (f"a={mood},a={mood}", "names 'a' twice"),
+        ("a=nowhere", "no folder 'nowhere'"),
+    ):
+        assert message in run("predict", "--adapters", wrong, "x", code=1).stderr
+    assert "holds several tasks: name one of" in run("evaluate", tmp_path / "run", code=1).stderr

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import peft
 import recipe_data as data
+from peft.recipes import rates
 from peft.recipes.data import draw, find_columns, load_splits
 from peft.recipes.errors import RecipeError
-from peft.recipes.methods import RATES, build_config, learning_rate, method_info, methods
+from peft.recipes.methods import build_config, method_info, methods
 from peft.recipes.recipe import TASKS, DataSection, GenerationSection, MethodSection, make_recipe, read_recipe
 from peft.recipes.sources import read_source
 from peft.recipes.tasks import TASKS as TASK_CLASSES
@@ -56,19 +60,74 @@ def test_a_recipe_with_short_forms_and_overrides(recipe_file):
         (("epochs: 2", "epoch: 2"), r"line 9: unknown key 'epoch' in training \(did you mean 'epochs'"),
         (("training:", "trainning:"), r"line 8: unknown key 'trainning' \(did you mean 'training'"),
         (("sequence-classification", "sequence-clasification"), r"line 1: task is .* \(did you mean 'sequence-classification'"),
-        (("epochs: 2", "epochs: many"), r"line 9: training.epochs is 'many'; it should be a valid number"),
+        (("epochs: 2", "epochs: many"), r"line 9: training.epochs is 'many'; it should be a number"),
         (("epochs: 2", "epochs: -1"), r"line 9: training.epochs is -1; it should be greater than 0"),
         (("  train: reviews.csv", "  test: reviews.csv"), r"line 6: data.train is missing"),
         (("  epochs: 2", "  epochs: 2\n  epochs: 3"), r"line 10: 'epochs' stands here for the second time \(first on line 9\)"),
         (("  epochs: 2", "  epochs: [2"), r"line 10: no valid YAML"),
         (("  train: reviews.csv", "  train: a.csv\n  columns: {txt: body}"),
          r"line 8: data.columns: unknown role 'txt' \(did you mean 'text'"),
-        (("task: sequence-classification\n", ""), r"give either `task` and `data`, or `tasks`"),
+        (("task: sequence-classification\n", ""), r"recipe.yaml: task is missing. Give one of sequence-classification,"),
+        (("data:\n  train: reviews.csv\n", ""), r"recipe.yaml: data is missing. Give a file, folder, Hub id"),
+        (("model: packaged:minilm\n", ""), r"model is missing. Give a Hub id, folder"),
+        (("training:", "tasks: {mood: {task: seq2seq, data: a.csv}}\ntraining:"), r"give either `task` and `data`, or `tasks`"),
+        (("epochs: 2", "epochs: yes"), r"line 9: training.epochs: it is true; it should be a number"),
+        (("training:\n  epochs: 2", "training: 2"), r"line 8: training is 2; it should hold keys and values"),
+        (("  train: reviews.csv", "  trian: reviews.csv"), r"recipe.yaml, line 7: unknown key 'trian' in data \(did you mean 'train'\?\)$"),
+        (("task: sequence-classification", "tasks:\n  a/b: {task: seq2seq, data: x.csv}"), r"line 1: tasks: 'a/b' cannot be the name of"),
+        ((GOOD, ""), "is empty. `peft init` writes one"),
     ],
 )  # fmt: skip
 def test_a_wrong_recipe_is_refused_with_the_line_and_the_mend(recipe_file, change, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe(recipe_file(GOOD.replace(*change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("  r: 4", "  rr: 4"), r"recipe.yaml, line 5: method.rr: the method 'lora' has no such option"),
+        (("  r: 4", "  r: 0"), r"recipe.yaml, line 5: method 'lora': `r` should be"),
+        (("name: lora", "name: lorra"), r"recipe.yaml, line 4: There is no method 'lorra'"),
+        (("reviews.csv", "review.csv"), r"recipe.yaml, line 7: There is no file 'review.csv'"),
+        (
+            ("  train: reviews.csv", "  train: reviews.csv\n  columns: {text: body}"),
+            r"recipe.yaml, line 8: data.columns.text: .* no column 'body'",
+        ),
+        (
+            ("  train: reviews.csv", "  train: reviews.csv\n  test: new.csv"),
+            r"recipe.yaml, line 8: There is no file 'new.csv'",
+        ),
+        (
+            ("  train: reviews.csv", "  train: reviews.csv\n  test: validation"),
+            r"line 8: data.test is 'validation', but 'reviews.csv' has no such split",
+        ),
+        (
+            ("training:", "  validation_size: 0\ntraining:\n  early_stopping: 1"),
+            r"line 10: training.early_stopping needs rows to evaluate on",
+        ),
+        (
+            ("epochs: 2", "report_to: [wandbb]\n  epochs: 2"),
+            r"line 9: training.report_to: 'wandbb' is not known \(did you mean 'wandb'",
+        ),
+        (
+            ("epochs: 2", "report_to: [comet_ml]\n  epochs: 2"),
+            r"line 9: training.report_to: comet_ml is not installed: pip install comet_ml",
+        ),
+        (
+            ("epochs: 2", "trainer: {lr: 1}\n  epochs: 2"),
+            r"line 9: training.trainer.lr: transformers' TrainingArguments has no such",
+        ),
+        (("packaged:minilm", "./no-such-model"), r"recipe.yaml, line 2: There is no model folder './no-such-model'"),
+    ],
+)
+def test_what_is_found_later_points_at_the_line_too(recipe_file, tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    data.write_csv(tmp_path / "reviews.csv", data.reviews(24))
+    path = recipe_file(GOOD.replace(*change))
+    with pytest.raises(RecipeError, match=message):
+        peft.finetune(path, tell=None)
+    assert not (tmp_path / "runs" / "sequence-classification-lora").exists()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +163,14 @@ def test_the_written_template_is_a_valid_recipe(recipe_file, task):
     )
 
 
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_recipes_are_valid(path):
+    recipe = read_recipe(path)
+    assert recipe.tasks or recipe.task
+
+
 # -- methods -----------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +181,7 @@ def test_every_registered_method_can_be_named_and_has_a_learning_rate():
     assert {"lora", "full", "head"} <= set(known)
     assert {i.peft_type for i in known.values() if i.peft_type} >= {t for t in registered_types() if t.isupper()}
     for name, info in known.items():
-        assert all(learning_rate(name, task) > 0 for task in TASKS)
+        assert all(rates.learning_rate(name, task) > 0 for task in TASKS)
         if info.peft_type and info.peft_type in ("LORA",):
             assert build_config(MethodSection(name=name), "SEQ_CLS").peft_type == info.peft_type
             assert info.paper
@@ -249,7 +316,9 @@ def test_missing_files_and_unknown_packages_are_refused(tmp_path):
     data.write_csv(tmp_path / "reviews.csv", data.reviews(4))
     with pytest.raises(RecipeError, match=r"no file .*\(did you mean 'reviews\.csv'"):
         read_source(str(tmp_path / "review.csv"))
-    with pytest.raises(RecipeError, match="known are packaged:imdb, packaged:ner"):
+    with pytest.raises(
+        RecipeError, match="known are packaged:imdb, packaged:rotten-tomatoes, packaged:topic, packaged:ner"
+    ):
         read_source("packaged:imbd")
     with pytest.raises(RecipeError, match=r"needs a file named train"):
         read_source(str(tmp_path))
@@ -299,6 +368,112 @@ def test_the_columns_of_an_instruction_set_are_joined():
     assert {"instruction", "input"} == set(splits.train[0]["prompt"])
 
 
+# What the best-known data sets of the Hub look like: columns, their kinds, two rows.
+HUB = {
+    "yelp": (
+        "sequence-classification",
+        {"text": "string", "label": ["1", "2"]},
+        [{"text": "bad", "label": 0}, {"text": "good", "label": 1}],
+    ),
+    "sst2": (
+        "sequence-classification",
+        {"sentence": "string", "label": ["neg", "pos"]},
+        [{"sentence": "bad", "label": 0}, {"sentence": "good", "label": 1}],
+    ),
+    "qnli": (
+        "sequence-classification",
+        {"question": "string", "sentence": "string", "label": ["yes", "no"]},
+        [{"question": "who", "sentence": "me", "label": 0}, {"question": "why", "sentence": "so", "label": 1}],
+    ),
+    "go_emotions": (
+        "sequence-classification",
+        {"text": "string", "labels": [["joy", "fear"]]},
+        [{"text": "a", "labels": [0]}, {"text": "b", "labels": [0, 1]}],
+    ),
+    "conll2003": (
+        "token-classification",
+        {"tokens": ["string"], "pos_tags": [["N", "V"]], "ner_tags": [["O", "B-x", "I-x"]]},
+        [{"tokens": ["Ann"], "pos_tags": [0], "ner_tags": [1]}, {"tokens": ["ran"], "pos_tags": [1], "ner_tags": [0]}],
+    ),
+    "alpaca": (
+        "causal-lm",
+        {"instruction": "string", "input": "string", "output": "string"},
+        [{"instruction": "do", "input": "", "output": "done"}],
+    ),
+    "xsum": ("seq2seq", {"document": "string", "summary": "string"}, [{"document": "long", "summary": "short"}]),
+}
+TAKEN = {
+    "yelp": {"text": "good", "label": "2"},
+    "sst2": {"text": "good", "label": "pos"},
+    "qnli": {"text": "why", "text_pair": "so", "label": "no"},
+    "go_emotions": {"text": "b", "label": ["joy", "fear"]},
+    "conll2003": {"tokens": ["ran"], "tags": ["O"]},
+    "alpaca": {"prompt": {"instruction": "do", "input": ""}, "response": "done"},
+    "xsum": {"source": "long", "target": "short"},
+}
+
+
+def fake_hub(monkeypatch, columns, rows, splits=("train", "test")):
+    import datasets
+
+    def kind(of):
+        if isinstance(of, list):
+            return datasets.ClassLabel(names=of) if len(of) > 1 else datasets.List(kind(of[0]))
+        return datasets.Value(of)
+
+    features = datasets.Features({name: kind(of) for name, of in columns.items()})
+    asked = []
+
+    def load(name, config=None):
+        asked.append((name, config))
+        return datasets.DatasetDict({s: datasets.Dataset.from_list(rows, features) for s in splits})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_well_known_data_sets_of_the_hub_are_understood(monkeypatch, name):
+    task, columns, rows = HUB[name]
+    asked = fake_hub(monkeypatch, columns, rows, splits=("train",))
+    splits, _ = splits_of(task, train=name, validation_size=0, test_size=0)
+    assert asked[0][0].count("/") == 1  # the short name stands for one with an owner
+    assert TAKEN[name] in splits.train
+
+
+def test_a_test_split_that_keeps_its_labels_to_itself_is_left_out_and_said(monkeypatch):
+    _, columns, _ = HUB["sst2"]
+    rows = [{"sentence": f"text {i}", "label": i % 2} for i in range(20)]
+    fake_hub(monkeypatch, columns, rows, splits=("train",))
+    import datasets
+
+    whole = datasets.load_dataset("x")
+    whole["test"] = whole["train"].map(lambda row: {"sentence": f"hidden {row['sentence']}", "label": -1})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: whole)
+    splits, _ = splits_of(train="sst2", test_size=4)
+    assert len(splits.test) == 4 and all(row["label"] in ("neg", "pos") for row in splits.test)
+    assert any(
+        n.startswith("The source's test rows are left out, and others drawn in their place") for n in splits.notes
+    )
+
+
+def test_the_hub_out_of_reach_is_one_line():
+    with pytest.raises(
+        RecipeError,
+        match=r"'no-such-set' is no file or folder here, and as a data set of the Hub it cannot be loaded: .*$",
+    ) as found:
+        read_source("no-such-set")
+    assert "\n" not in str(found.value)
+
+
+def test_fields_inside_a_column_are_named_with_a_dot():
+    rows = [{"translation": {"de": f"Wort {i}", "en": f"word {i}"}} for i in range(12)]
+    with pytest.raises(RecipeError, match=r"its columns are translation, translation\.de, translation\.en\. Say which"):
+        splits_of("seq2seq", train=rows)
+    splits, _ = splits_of("seq2seq", train=rows, columns={"source": "translation.en", "target": "translation.de"})
+    assert {"source": "word 3", "target": "Wort 3"} in [*splits.train, *splits.validation, *splits.test]
+
+
 def test_a_role_is_not_played_by_a_column_that_plays_another():
     table = read_source([{"question": "q", "answer": "a"}])["train"]
     assert find_columns(table, {}, TASK_CLASSES["causal-lm"].roles) == {"prompt": "question", "response": "answer"}
@@ -310,12 +485,7 @@ def test_make_recipe_wants_a_mapping():
 
 
 def test_the_documented_learning_rates_are_those_in_force():
-    import re
-    from pathlib import Path
-
     text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([a-z0-9-]+) \| (\d[\de.-]*) \| (\d[\de.-]*) \|", text, re.M)
-    assert {name for name, *_ in rows} == set(RATES)
-    for name, labels, generating in rows:
-        assert float(labels) == learning_rate(name, "sequence-classification"), name
-        assert float(generating) == learning_rate(name, "causal-lm"), name
+    assert rates.markdown() in text, "put what `python -m peft.recipes.rates` prints into docs/recipes.md"
+    assert rates.COLUMNS == TASKS and rates.RATES.keys() == rates.SOURCES.keys()
+    assert {method for method, _ in rates.MEASURED} <= rates.RATES.keys()

@@ -45,7 +45,8 @@ def recipe(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    SNAKEMAKE is None, reason="Snakemake is not installed: pip install snakemake, or name it in PEFT_SNAKEMAKE"
+    SNAKEMAKE is None,
+    reason="PEFT_SNAKEMAKE names no snakemake, and none is installed: `make workflow` makes an environment for it",
 )
 def test_the_workflow_runs_methods_and_seeds_to_a_report(recipe, tmp_path):
     out = tmp_path / "out"

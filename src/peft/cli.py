@@ -39,6 +39,37 @@ class Friendly(TyperGroup):
         ctx.meta["debug"] = "--debug" in args or bool(os.environ.get("PEFT_DEBUG"))
         return super().parse_args(ctx, [a for a in args if a != "--debug"])
 
+    def main(
+        self,
+        args: Any = None,
+        prog_name: str | None = "peft",
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Say in one line what is wrong with a command, in place of a box of four."""
+        given = sys.argv[1:] if args is None else list(args)
+        alone = not given and standalone_mode  # the help, and its own exit status
+        try:
+            code = super().main(
+                args, prog_name, complete_var, standalone_mode=alone, windows_expand_args=windows_expand_args, **extra
+            )
+        except UsageError as error:
+            if not standalone_mode:
+                raise
+            said = error.format_message().rstrip(".")
+            where = error.ctx.command_path if getattr(error, "ctx", None) is not None else prog_name
+            _print_error(f"{said}{'' if said.endswith('?') else '.'} `{where} --help` tells more.")
+            code = error.exit_code
+        except typer.Abort:
+            if not standalone_mode:
+                raise
+            code = 130
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
@@ -57,16 +88,26 @@ class Friendly(TyperGroup):
                 raise
             message, code = _explain(error), 1
         if code != 130:
-            err.print("[bold red]Error:[/] ", end="")
-        err.print(message, markup=False)
+            _print_error(message)
+        else:
+            err.print(message, markup=False)
         raise typer.Exit(code)
+
+
+def _print_error(message: str) -> None:
+    err.print("[bold red]Error:[/] ", end="")
+    err.print(message, markup=False)
 
 
 def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"No space is left on the device for {error.filename or 'the result'}. Free some, or choose another folder with out=…"
+        return (
+            f"No space is left on the device for {error.filename or 'the result'}. Free some, or choose another folder."
+        )
     if isinstance(error, PermissionError):
-        return f"No permission to write {error.filename}. Choose another folder with out=…"
+        return f"No permission to write {error.filename}. Choose another folder."
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
     if isinstance(error, (ValueError, NotImplementedError, OSError)):
         return str(error)
     lines = str(error).strip().splitlines() or [""]
@@ -135,6 +176,7 @@ TaskOption = Annotated[str | None, typer.Option("--task", help="sequence-classif
 ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id, folder, .gguf file, packaged:minilm …")]
 DataOption = Annotated[str | None, typer.Option("--data", help="File, folder, Hub id, packaged:imdb …")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="`peft methods` lists them.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows at once.")]
 OutOption = Annotated[str | None, typer.Option("--out", help="Folder of the result.")]
 
 
@@ -160,6 +202,8 @@ def init(
         return
     if file.exists() and not force:
         raise ValueError(f"{file} exists. Choose another name, or --force to replace it.")
+    if not file.parent.is_dir():
+        raise ValueError(f"There is no folder {str(file.parent)!r} to write {file.name} into.")
     file.write_text(text, encoding="utf-8")
     out.print(f"{file} is written. Change what you like, then: peft train {file}")
 
@@ -174,6 +218,10 @@ def train(
     folder: OutOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
+    with_report: Annotated[
+        bool,
+        typer.Option("--report/--no-report", help="Write report.html and its pictures into the folder at the end."),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")] = False,
 ) -> None:
     """Train by a recipe, measure on rows held back, and save.
@@ -191,6 +239,8 @@ def train(
         )
     if int(os.environ.get("RANK", "0")) == 0:
         _show_result(result)
+        if with_report:
+            tell(f"Report: {result.write_report()}")
 
 
 def tell(line: str) -> None:
@@ -239,9 +289,15 @@ def _show_result(result: Result) -> None:
         speed = f"{report['step_ms']:.0f} ms a step, " if report["step_ms"] else ""
         size = f"{report['peak_mb']:.0f} MB at most; {report['bytes'] / 1000:,.0f} kB on disk."
         out.print(f"{report['seconds']:.0f} s of training, {speed}{size}")
-    tell(
-        f"In {result.folder}. To use it: peft predict {result.folder} TEXT; to look at it: peft report {result.folder}"
-    )
+        _show_answers(report["examples"])
+    tell(f'In {result.folder}. To use it: peft predict {result.folder} "TEXT"')
+
+
+def _show_answers(answers: list[dict[str, Any]]) -> None:
+    from .recipes.report import answer_in_words, asked_in_words
+
+    for answer in answers:
+        tell(f"  {answer_in_words(answer)}: {asked_in_words(answer)}")
 
 
 def _show_metrics(metrics: dict[str, Any], title: str) -> None:
@@ -258,8 +314,8 @@ def _show_metrics(metrics: dict[str, Any], title: str) -> None:
 def evaluate(
     folder: Folder,
     data: DataOption = None,
-    limit: Annotated[int | None, typer.Option(help="Measure on so many rows.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure on so many rows.")] = None,
+    batch_size: BatchSize = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a trained model: on the rows that its run held back, or on other data.
@@ -289,7 +345,7 @@ def predict(
         Path | None, typer.Option("--file", "-f", help="CSV, JSON lines, …; - reads lines from stdin.")
     ] = None,
     adapters: Annotated[str | None, typer.Option(help="Several runs on one base: name=folder,name=folder.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 32,
+    batch_size: BatchSize = 32,
 ) -> None:
     """Answer for new inputs: one JSON object a line.
 
@@ -298,17 +354,19 @@ def predict(
     From a file: `peft predict runs/imdb-lora --file new.csv > answers.jsonl`; several adapters at once, on one base model:
     `peft predict --adapters mood=runs/mood,topic=runs/topic "What a film!"`
     """
+    from .recipes.multitask import parse_adapters, predict_tasks, task_folders
     from .recipes.predict import predict as answers_of
     from .recipes.runs import load_run
 
     if adapters is not None:
-        from .recipes.multitask import parse_adapters, predict_tasks
-
         given = [*([str(folder)] if folder is not None else []), *(texts or [])]
-        _print_lines(predict_tasks(parse_adapters(adapters), given or list(_stdin(file)), batch_size))
+        _print_lines(predict_tasks(parse_adapters(adapters), _texts(given, file), batch_size))
         return
     if folder is None:
         raise ValueError('Name the folder of a run: peft predict FOLDER "a text".')
+    if folders := task_folders(folder):
+        _print_lines(predict_tasks(folders, _texts(texts, file), batch_size))
+        return
     model, task = load_run(folder)
     _print_lines(answers_of(model, task, _rows(task, texts, file), batch_size))
 
@@ -320,7 +378,7 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="CSV, JSON lines, …; - reads lines from stdin.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer at most.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Length of an answer at most, in tokens.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
     temperature: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
@@ -335,6 +393,10 @@ def generate(
     from .recipes.predict import predict as answers_of
     from .recipes.runs import load_run
 
+    if temperature <= 0:
+        raise ValueError("--temperature should be above 0; without --sample the likeliest token is taken.")
+    if not 0 < top_p <= 1:
+        raise ValueError("--top-p should be above 0 and at most 1.")
     model, task = load_run(folder)
     if not task.generates:
         raise ValueError(f"A model for {task.name} generates no text; use `peft predict`.")
@@ -354,6 +416,17 @@ def _rows(task: Any, texts: list[str] | None, file: Path | None) -> list[Any]:
     if not rows:
         raise ValueError("There is nothing to answer: give texts, --file, or lines on stdin.")
     return rows
+
+
+def _texts(given: list[str] | None, file: Path | None) -> list[str]:
+    """Plain texts, for several adapters at once."""
+    from .recipes.sources import read_file
+
+    if not given and file is not None and str(file) != "-":
+        table = read_file(file)
+        column = next((c for c in ("text", *table.columns) if c in table.columns), "")
+        return [str(row.get(column) or "") for row in table.rows]
+    return given or list(_stdin(file))
 
 
 def _stdin(file: Path | None) -> Iterable[str]:

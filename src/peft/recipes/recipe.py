@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +16,18 @@ need("pydantic", "A recipe")
 
 import pydantic  # noqa: E402
 import yaml  # noqa: E402
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator  # noqa: E402
+from pydantic import (  # noqa: E402
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from ..core.errors import did_you_mean  # noqa: E402
+from .explaining import SHORT, explain, where  # noqa: E402
 
 TaskName = Literal[
     "sequence-classification", "token-classification", "question-answering", "causal-lm", "seq2seq",
@@ -27,6 +39,24 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: Any) -> Any:
+        """``epochs: yes`` is a slip, and pydantic would take it for 1."""
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError(f"it is {str(value).lower()}; it should be a number")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows."""
+    return (
+        set(typing.get_args(annotation))
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else {annotation}
+    )
 
 
 class ModelSection(Section):
@@ -169,6 +199,7 @@ class Recipe(Section):
         training: How it learns.
         generation: How it generates text.
         tasks: Several tasks on one base, by adapter name.
+        examples: Inputs to answer when training has ended.
         out: Folder of the result.
         seed: Of the splits, the order, the new weights.
     """
@@ -180,16 +211,65 @@ class Recipe(Section):
     training: TrainingSection = Field(default_factory=lambda: TrainingSection())
     generation: GenerationSection = Field(default_factory=lambda: GenerationSection())
     tasks: dict[str, TaskEntry] = Field(default_factory=dict)
+    examples: list[str] = Field(
+        default_factory=list, description="texts to answer when training has ended (JSON objects for several columns)"
+    )
     out: str = Field(
         "runs/{task}-{method}", description="folder of the result; {task}, {method} and {seed} are filled in"
     )
     seed: int = 0
+    _source: str = PrivateAttr("")
+    _lines: dict[tuple[str, ...], int | None] = PrivateAttr(default_factory=dict)
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_of_adapters(cls, tasks: dict[str, TaskEntry]) -> dict[str, TaskEntry]:
+        for name in tasks:
+            if not name or any(sign in name for sign in "./\\,="):
+                raise ValueError(f"{name!r} cannot be the name of an adapter: leave out '.', '/', '\\\\', ',' and '='")
+        return tasks
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Recipe:
-        if bool(self.tasks) == bool(self.task and self.data):
-            raise ValueError("give either `task` and `data`, or `tasks` with one entry for each task")
+        if self.tasks:
+            if self.task or self.data:
+                raise ValueError("give either `task` and `data`, or `tasks` with one entry for each task")
+        elif self.task is None:
+            raise ValueError(f"task is missing. Give one of {', '.join(TASKS)}")
+        elif self.data is None:
+            raise ValueError(f"data is missing. Give a {DataSection.model_fields['train'].description}")
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it says the same; where it was read does not count."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def where(self, key: str) -> str:
+        """The line of a key, or of the section around it, as errors begin: empty for what no file says."""
+        return where(tuple(key.split(".")), self._source, self._lines)
+
+    @contextlib.contextmanager
+    def pointing(self) -> Iterator[None]:
+        """Within this context errors that name a key get its line."""
+        try:
+            yield
+        except RecipeError as error:
+            where = self.where(error.key) if error.key else ""
+            if not where:
+                raise
+            raise RecipeError(f"{where}{error}") from None
+
+    def entry(self, name: str) -> Recipe:
+        """The recipe of one of several tasks."""
+        own = self.tasks[name]
+        one = Recipe(
+            task=own.task, model=self.model, method=own.method or self.method, data=own.data, seed=self.seed,
+            training=own.training or self.training, generation=self.generation, examples=self.examples,
+            out=str(self.folder / name),
+        )  # fmt: skip
+        one._source = self._source
+        one._lines = self._lines | {path[2:]: n for path, n in self._lines.items() if path[:2] == ("tasks", name)}
+        return one
 
     @property
     def folder(self) -> Path:
@@ -201,45 +281,48 @@ class Recipe(Section):
 
     def dump(self) -> dict[str, Any]:
         """The recipe as plain data, without what was left at its default."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        return self.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
 
     def to_yaml(self) -> str:
         """The recipe as a file."""
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
 
-SHORT = {"model": "name", "method": "name", "data": "train"}
 SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection, "method": MethodSection, "data": DataSection, "training": TrainingSection, "generation": GenerationSection,
 }  # fmt: skip
 
 
 def make_recipe(
-    values: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", lines: Any = None
+    values: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "", lines: Any = None
 ) -> Recipe:
     """Check plain data and make a recipe of it.
 
     Args:
         values: What the file holds.
         overrides: ``key=value``; a key is a path (``training.epochs``), or its last part where that is unique.
-        source: Named in errors.
+        source: The file, named in errors.
         lines: Line numbers by path, from :func:`read_recipe`.
 
     Raises:
         RecipeError: Unknown or misspelt keys, missing or impossible values.
     """
     if not isinstance(values, dict):
-        raise RecipeError(f"{source} should hold keys and values (task: …), found a {type(values).__name__}.")
-    values = _spelt_out(values)
+        what = source or "A recipe"
+        raise RecipeError(f"{what} should hold keys and values (task: …), found a {type(values).__name__}.")
+    values, lines = _spelt_out(values), dict(lines or {})
     for item in overrides:
         path, value = _override(item, values)
+        if path == ("method", "name") and (values.get("method") or {}).get("name") not in (None, value):
+            values["method"] = {}  # the options were the other method's
         _set(values, path, value)
-        if lines is not None:
-            lines.pop(path, None)
+        lines[path] = None  # what the command line says stands on no line
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        raise RecipeError("\n".join(_explain(error, source, lines or {}))) from None
+        raise RecipeError("\n".join(explain(error, source, lines, _section))) from None
+    recipe._source, recipe._lines = source, lines
+    return recipe
 
 
 def read_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -262,8 +345,10 @@ def read_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise RecipeError(f"{path}{where}: no valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    if values is None:
+        raise RecipeError(f"The recipe {str(path)!r} is empty. `peft init` writes one.")
     lines = dict(_positions(node, (), str(path)))
-    return make_recipe(values if values is not None else {}, overrides, source=str(path), lines=lines)
+    return make_recipe(values, overrides, source=str(path), lines=lines)
 
 
 def as_recipe(recipe: Any, overrides: Sequence[str] = ()) -> Recipe:
@@ -349,46 +434,10 @@ def _positions(node: Any, path: tuple[str, ...], source: str) -> Iterator[tuple[
         yield from _positions(value, (*path, key.value), source)
 
 
-def _explain(error: pydantic.ValidationError, source: str, lines: dict[tuple[str, ...], int]) -> Iterator[str]:
-    """Pydantic's findings, one line each, for people."""
-    for finding in error.errors():
-        path = tuple(str(part) for part in finding["loc"])
-        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-        where = f"{source}, line {line}" if line else source
-        name = ".".join(path)
-        match finding["type"]:
-            case "extra_forbidden":
-                section = _section(path[:-1])
-                known = list(section.model_fields) if section else []
-                inside = f" in {'.'.join(path[:-1])}" if path[:-1] else ""
-                hint = did_you_mean(path[-1], known) or f"; known are {', '.join(known)}."
-                yield f"{where}: unknown key {path[-1]!r}{inside}{hint}"
-            case "missing":
-                yield f"{where}: {name} is missing. {_description(path)}"
-            case "literal_error":
-                choices = finding["ctx"]["expected"].replace("'", "")
-                hint = did_you_mean(str(finding["input"]), choices.replace(" or ", ", ").split(", "))
-                yield f"{where}: {name} is {finding['input']!r}{hint}; it should be {choices}."
-            case "value_error":
-                yield f"{where}: {f'{name}: ' if name else ''}{finding['ctx']['error']}."
-            case _:
-                yield f"{where}: {name} is {finding['input']!r}; {_lower(finding['msg'])}."
-
-
 def _section(path: tuple[str, ...]) -> type[BaseModel] | None:
+    """The class of the section at a path."""
     if not path:
         return Recipe
     if path[0] == "tasks":
         return TaskEntry if len(path) == 2 else SECTIONS.get(path[2]) if len(path) == 3 else None
     return SECTIONS.get(path[0])
-
-
-def _description(path: tuple[str, ...]) -> str:
-    section = _section(path[:-1])
-    field = section.model_fields.get(path[-1]) if section else None
-    text = field.description if field is not None else None
-    return f"Give a {text}." if text else f"Add it: {path[-1]}: …"
-
-
-def _lower(message: str) -> str:
-    return (message[:1].lower() + message[1:]).replace("input should", "it should")

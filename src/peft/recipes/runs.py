@@ -40,6 +40,8 @@ def read_task(folder: Path) -> tuple[Task, ModelSection]:
     Raises:
         RecipeError: The folder holds neither.
     """
+    if not folder.is_dir():
+        raise RecipeError(f"There is no folder {str(folder)!r}.")
     path = folder / TASK_FILE
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -48,6 +50,11 @@ def read_task(folder: Path) -> tuple[Task, ModelSection]:
         task.restore(saved["state"])
         return task, ModelSection(**saved["model"])
     if not (folder / CONFIG_NAME).exists():
+        several = sorted(str(p.parent) for p in folder.glob(f"*/{TASK_FILE}"))
+        if (folder / METRICS_FILE).exists() and several:
+            raise RecipeError(f"{str(folder)!r} holds several tasks: name one of {', '.join(several)}.")
+        if (folder / "checkpoints").is_dir():
+            raise RecipeError(f"The run in {str(folder)!r} is not finished: `peft train … --resume` goes on with it.")
         raise RecipeError(f"{str(folder)!r} holds neither a run of `peft train` nor an adapter.")
     config = PeftConfig.from_pretrained(folder)
     by_type = {t.task_type: t for t in TASKS.values()}
@@ -76,8 +83,6 @@ def load_run(folder: str | Path, base: Any = None) -> tuple[Any, Task]:
     import torch
 
     folder = Path(folder)
-    if not folder.is_dir():
-        raise RecipeError(f"There is no folder {str(folder)!r}.")
     task, section = read_task(folder)
     own_tokenizer = folder if (folder / "tokenizer_config.json").exists() else None
     tokenizer = models.load_tokenizer(section, words=task.name == "token-classification", folder=own_tokenizer)
@@ -87,6 +92,7 @@ def load_run(folder: str | Path, base: Any = None) -> tuple[Any, Task]:
                 base, _ = models.load_base(section, task, tokenizer)
             model = PeftModel.from_pretrained(base, folder)
         else:
-            model, _ = models.load_base(ModelSection(name=str(folder)), task, tokenizer)
+            own = ModelSection(name=str(folder), dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+            model, _ = models.load_base(own, task, tokenizer)
     task.tokenizer = tokenizer
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), task

@@ -1,4 +1,4 @@
-"""Out into the world: plain models, ONNX, other formats."""
+"""Out into the world: plain models and ONNX."""
 
 from __future__ import annotations
 
@@ -12,16 +12,10 @@ from typing import Any
 
 import torch
 
-from ..core.checkpoints import get_peft_model_state_dict, set_peft_model_state_dict
-from ..core.files import write_atomically
-from ..core.holder import adapted_modules
-from ..core.layer import AdapterLayer
-from ..mapping import get_peft_model
 from ..model import PeftModel
-from ..registry import get_method
 from .errors import RecipeError, need
 from .models import quiet
-from .runs import TASK_FILE, load_run
+from .runs import load_run
 from .tasks import Task
 
 AGREEMENT = 1e-3
@@ -41,7 +35,7 @@ def merge_run(folder: Path, target: Path) -> Iterator[str]:
     Raises:
         RecipeError: The method cannot be merged, or the merged model computes something else.
     """
-    _must_be_empty(target)
+    must_be_empty(target)
     model, task = load_run(folder)
     if not isinstance(model, PeftModel):
         raise RecipeError(f"{folder} holds no adapter, but a plain model already.")
@@ -90,86 +84,8 @@ def disagreement(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).abs().max() / one.abs().max().clamp_min(1e-6)).item()
 
 
-# -- another method's format -------------------------------------------------------------------------------------------
-
-
-def convert_to_lora(folder: Path, target: Path, rank: int) -> Iterator[str]:
-    """Write an adapter of any method with a ΔW as LoRA: the best update of a rank (truncated singular values) in its place.
-
-    Args:
-        folder: Of a run or an adapter.
-        target: For the new adapter.
-        rank: Of the LoRA update.
-
-    Yields:
-        Lines for the user, with the error of the largest and of all layers together.
-
-    Raises:
-        RecipeError: The method has no ΔW, or adapts layers that are not linear.
-    """
-    _must_be_empty(target)
-    model, task = load_run(folder)
-    if not isinstance(model, PeftModel):
-        raise RecipeError(f"{folder} holds no adapter.")
-    before, tensors, modules = outputs(model, task), {}, []
-    lost = kept = worst = 0.0
-    for name, layer in adapted_modules(model.get_base_model()):
-        if not isinstance(layer, AdapterLayer):
-            continue
-        try:
-            delta = layer.get_delta_weight("default").float().cpu()
-        except (ValueError, NotImplementedError) as error:
-            raise RecipeError(f"The adapter in {folder} cannot be written as LoRA: {error}") from None
-        weight: Any = layer.get_base_layer().weight
-        if delta.dim() != 2 or isinstance(layer.get_base_layer(), torch.nn.Embedding):
-            raise RecipeError(f"{name} is no linear layer; only adapters of linear layers can be written as LoRA.")
-        matrix = delta if tuple(weight.shape) == (layer.out_features, layer.in_features) else delta.T
-        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        root = s[:rank].sqrt()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = _to_rank(root[:, None] * v[:rank], rank, 0)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = _to_rank(u[:, :rank] * root, rank, 1)
-        modules.append(name)
-        lost, kept = lost + float((s[rank:] ** 2).sum()), kept + float((s**2).sum())
-        worst = max(worst, float(s[rank:].norm() / s.norm().clamp_min(1e-12)))
-    own = {f".{name}." for name in modules}
-    heads = {
-        k: v for k, v in _state(model).items() if not any(o in f"{k.removeprefix('base_model.model')}." for o in own)
-    }
-    old = model.peft_config["default"]
-    config = get_method("LORA").config_cls(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=modules,
-        task_type=old.task_type,
-        modules_to_save=getattr(old, "modules_to_save", None),
-    )
-    converted = get_peft_model(model.unload(), config)
-    set_peft_model_state_dict(converted, {**tensors, **heads})
-    difference = disagreement(before, outputs(converted, task))
-    converted.save_pretrained(target)
-    task.tokenizer.save_pretrained(target)
-    if (folder / TASK_FILE).exists():
-        write_atomically(target, {TASK_FILE: (folder / TASK_FILE).read_bytes()})
-    missed = (lost / kept) ** 0.5 if kept else 0.0
-    yield f"{target} holds LoRA of rank {rank} on {len(modules)} layers."
-    yield f"It misses {missed:.2%} of the change (Frobenius), {worst:.2%} in the worst layer."
-    yield f"Outputs differ by {difference:.1e} of the largest."
-
-
-def _to_rank(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
-    """Zeros where a layer has fewer singular values than the rank."""
-    missing = rank - factor.shape[axis]
-    if missing <= 0:
-        return factor.contiguous()
-    shape = (missing, factor.shape[1]) if axis == 0 else (factor.shape[0], missing)
-    return torch.cat([factor, torch.zeros(shape)], axis)
-
-
-def _state(model: Any) -> dict[str, torch.Tensor]:
-    return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
-
-
-def _must_be_empty(target: Path) -> None:
+def must_be_empty(target: Path) -> None:
+    """Refuse a folder that holds something."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RecipeError(f"{target} exists and is not empty. Choose another folder.")
 
@@ -193,7 +109,7 @@ def export_onnx(folder: Path, target: Path, int8: bool = False) -> Iterator[str]
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package, "ONNX", "export")
-    _must_be_empty(target)
+    must_be_empty(target)
     model, task = load_run(folder)
     if task.generates:
         raise RecipeError(
@@ -204,13 +120,15 @@ def export_onnx(folder: Path, target: Path, int8: bool = False) -> Iterator[str]
             model = model.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise RecipeError(f"The adapter in {folder} cannot be merged, which export needs: {error}") from None
-    model = model.cpu().eval()
+    model = model.cpu().eval().requires_grad_(False)
     target.mkdir(parents=True, exist_ok=True)
     path = target / "model.onnx"
     batch = sample(task)
     _write_onnx(model, batch, path)
     task.tokenizer.save_pretrained(target)
     model.config.save_pretrained(target)
+    held_back = _held_back(folder, task)
+    truth = [_choices(_flat_outputs(model(**rows)), rows) for rows in held_back]
     expected, took = _timed(lambda: _flat_outputs(model(**batch)))
     yield f"torch: {sum(p.numel() * 4 for p in model.parameters()) / 1e6:,.1f} MB, {took:.1f} ms for two texts."
     files = {"float32": path}
@@ -219,7 +137,11 @@ def export_onnx(folder: Path, target: Path, int8: bool = False) -> Iterator[str]
 
         files["int8"] = target / "model-int8.onnx"
         with _no_logs():  # it recommends a step that is for pictures
-            quantize_dynamic(str(path), str(files["int8"]), weight_type=QuantType.QInt8)
+            # A scale for each column: one for a whole matrix costs a small encoder twice as much. Seven bits: eight overflow on CPUs
+            # without instructions for them.
+            quantize_dynamic(
+                str(path), str(files["int8"]), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+            )
     for name, file in files.items():
         found, took = _run_onnx(file, batch)
         difference = disagreement(expected, found)
@@ -229,6 +151,34 @@ def export_onnx(folder: Path, target: Path, int8: bool = False) -> Iterator[str]
             )
         size = sum(p.stat().st_size for p in target.glob(f"{file.name}*")) / 1e6
         yield f"{file} ({name}): {size:,.1f} MB, {took:.1f} ms; outputs within {difference:.1e} of torch's largest."
+        if truth and truth[0].numel():
+            ours = torch.cat([_choices(_run_onnx(file, rows, repeats=0)[0], rows) for rows in held_back])
+            equal = (ours == torch.cat(truth)).float().mean().item()
+            what = "tokens" if task.task_type == "TOKEN_CLS" else "rows"
+            yield f"  On {len(ours):,} {what} held back, {equal:.1%} of its answers are torch's."
+
+
+def _held_back(folder: Path, task: Task, most: int = 128) -> list[dict[str, torch.Tensor]]:
+    """Batches of rows that a run held back; none where there is no run, its data are gone, or answers are not classes."""
+    from .predict import rows_of_run
+
+    if task.task_type not in ("SEQ_CLS", "TOKEN_CLS") or task.kind in ("regression", "multi-label"):
+        return []
+    try:
+        rows, _ = rows_of_run(folder, task)
+    except (RecipeError, OSError):
+        return []
+    features = task.encode(rows[:most])
+    names = sample(task).keys()
+    return [
+        {k: v for k, v in task.collate(features[i : i + 16]).items() if k in names} for i in range(0, len(features), 16)
+    ]
+
+
+def _choices(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The class of each row, or of each token."""
+    found = logits.argmax(-1)
+    return found[batch["attention_mask"].bool()] if found.dim() == 2 else found
 
 
 @contextlib.contextmanager
@@ -269,7 +219,7 @@ def _write_onnx(model: Any, batch: dict[str, torch.Tensor], path: Path) -> None:
         )  # fmt: skip
 
 
-def _run_onnx(path: Path, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+def _run_onnx(path: Path, batch: dict[str, torch.Tensor], repeats: int = 10) -> tuple[torch.Tensor, float]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -277,7 +227,7 @@ def _run_onnx(path: Path, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = {i.name for i in session.get_inputs()}
     inputs = {k: v.numpy() for k, v in batch.items() if k in names}
-    return _timed(lambda: torch.from_numpy(session.run(None, inputs)[0]))
+    return _timed(lambda: torch.from_numpy(session.run(None, inputs)[0]), repeats)
 
 
 @torch.no_grad()
@@ -288,4 +238,4 @@ def _timed(call: Any, repeats: int = 10) -> tuple[torch.Tensor, float]:
         start = time.perf_counter()
         call()
         times.append(1000 * (time.perf_counter() - start))
-    return found.float(), statistics.median(times)
+    return found.float(), statistics.median(times) if times else 0.0

@@ -19,9 +19,9 @@ from .errors import RecipeError, need
 Row = dict[str, Any]
 
 SPLITS = {
-    "train": ("train", "training"),
+    "train": ("train", "training", "train_sft"),
     "validation": ("validation", "valid", "val", "dev", "validation_matched"),
-    "test": ("test", "testing"),
+    "test": ("test", "testing", "test_sft"),
 }
 # Names that people use, and where the data sets are today.
 HUB_NAMES = {
@@ -30,6 +30,11 @@ HUB_NAMES = {
     "rte": ("nyu-mll/glue", "rte"), "stsb": ("nyu-mll/glue", "stsb"), "tweet_eval": ("cardiffnlp/tweet_eval", "sentiment"),
     "ag_news": ("fancyzhx/ag_news", None), "conll2003": ("eriktks/conll2003", None), "squad": ("rajpurkar/squad", None),
     "squad_v2": ("rajpurkar/squad_v2", None), "xsum": ("EdinburghNLP/xsum", None), "alpaca": ("tatsu-lab/alpaca", None),
+    "qqp": ("nyu-mll/glue", "qqp"), "qnli": ("nyu-mll/glue", "qnli"), "mnli": ("nyu-mll/glue", "mnli"),
+    "emotion": ("dair-ai/emotion", None),
+    "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes", None), "dbpedia_14": ("fancyzhx/dbpedia_14", None),
+    "go_emotions": ("google-research-datasets/go_emotions", "simplified"), "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0"),
+    "dolly": ("databricks/databricks-dolly-15k", None), "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
 }  # fmt: skip
 
 
@@ -51,8 +56,14 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns, in the order in which they first come."""
-        return list(dict.fromkeys(key for row in self.rows[:100] for key in row))
+        """Names of the columns, in the order in which they first come; fields inside a column as ``column.field``."""
+        names: dict[str, None] = {}
+        for row in self.rows[:100]:
+            for key, value in row.items():
+                names[key] = None
+                if isinstance(value, dict):
+                    names.update(dict.fromkeys(f"{key}.{inner}" for inner in value))
+        return list(names)
 
 
 def read_source(source: Any, config: str | None = None) -> dict[str, Table]:
@@ -285,7 +296,7 @@ def _from_hub(name: str, config: str | None) -> dict[str, Table]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RecipeError(
             f"{name!r} is no file or folder here, and as a data set of the Hub it cannot be loaded: {reason.rstrip('.')}. "
-            "Packaged data: packaged:imdb, packaged:ner."
+            f"Packaged data: {', '.join(packaged.PREFIX + n for n in packaged.DATA)}."
         ) from None
     return {_split_name(split): _hub_table(rows, f"{known}, {split}") for split, rows in loaded.items()}
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +25,8 @@ from ..core.files import safetensors_writer, write_atomically
 from ..optimizers import create_loraplus_optimizer
 from .errors import RecipeError
 from .inference import run
-from .methods import learning_rate
+from .methods import method_info
+from .rates import learning_rate
 from .recipe import Recipe
 from .sources import Row
 from .tasks import Task
@@ -100,6 +105,10 @@ class RecipeTrainer(Trainer):
         super().__init__(
             train_dataset=features, eval_dataset=validation[1] or None, data_collator=task.collate, **kwargs
         )  # type: ignore[arg-type]
+        if not task.loss_counts_tokens:
+            # The Trainer takes any model with **kwargs for one that divides its loss by the tokens of all batches of a step. Those
+            # that do not would have their gradients multiplied by the number of batches.
+            self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         training = self.recipe.training
@@ -169,6 +178,15 @@ class RecipeTrainer(Trainer):
     def _plain(self) -> bool:
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:  # torch says of a full disk that a stream failed
+            folder = self.args.output_dir or "."
+            if "stream" not in str(error).lower() and shutil.disk_usage(folder).free > 2**20:
+                raise
+            raise OSError(errno.ENOSPC, "No space left on device", folder) from error
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self._plain:
             super()._save(output_dir, state_dict)
@@ -202,7 +220,8 @@ class RecipeTrainer(Trainer):
         model: Any = self.model
         if not any(".lora_B." in name for name, parameter in model.named_parameters() if parameter.requires_grad):
             raise RecipeError(
-                "training.lora_plus_ratio is for methods with B matrices; this model has none. Leave it out."
+                "training.lora_plus_ratio is for methods with B matrices; this model has none. Leave it out.",
+                "training.lora_plus_ratio",
             )
         rate, decay = self.args.learning_rate, self.args.weight_decay
         self.optimizer = create_loraplus_optimizer(
@@ -280,11 +299,66 @@ def last_checkpoint(folder: Path) -> Path | None:
 # -- arguments and callbacks -------------------------------------------------------------------------------------------
 
 
+# Packages behind what `report_to` names, where they are called otherwise.
+REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "dagshub": ("dagshub",), "azure_ml": ("azureml",)}
+
+
+def check_training(recipe: Recipe) -> None:
+    """Refuse what cannot work before data and model are read.
+
+    Raises:
+        RecipeError: Unknown method or arguments, a reporter that is not installed, a precision that this machine does not have.
+    """
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+    method_info(recipe.method.name)
+    t = recipe.training
+    known = set(TrainingArguments.__dataclass_fields__)
+    for key in t.trainer:
+        if key not in known:
+            hint = did_you_mean(key, known) or "."
+            raise RecipeError(
+                f"training.trainer.{key}: transformers' TrainingArguments has no such argument{hint}",
+                f"training.trainer.{key}",
+            )
+    for name in t.report_to:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            hint = did_you_mean(name, INTEGRATION_TO_CALLBACK) or "."
+            raise RecipeError(
+                f"training.report_to: {name!r} is not known{hint} Known are {', '.join(INTEGRATION_TO_CALLBACK)}.",
+                "training.report_to",
+            )
+        packages = REPORTERS.get(name, (name,))
+        if not any(importlib.util.find_spec(p) for p in packages):
+            raise RecipeError(
+                f"training.report_to: {name} is not installed: pip install {packages[0]}", "training.report_to"
+            )
+    if t.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise RecipeError(
+            "training.mixed_precision is fp16, which needs a GPU. On a CPU it can be bf16.", "training.mixed_precision"
+        )
+
+
+@contextlib.contextmanager
+def tensorboard_in(folder: Path) -> Iterator[None]:
+    """Within this context a Trainer that is made writes for TensorBoard into a folder that stays, not among its checkpoints."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    asked = os.environ.get(name)
+    os.environ[name] = asked or str(folder)
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ[name]
+
+
 def training_arguments(recipe: Recipe, folder: Path, task_name: str, rows: int, evaluates: bool) -> TrainingArguments:
     """What the recipe says, as transformers wants it.
 
     Raises:
-        RecipeError: ``training.trainer`` holds an argument that transformers does not know.
+        RecipeError: transformers does not take an argument.
     """
     t = recipe.training
     rate = t.learning_rate or learning_rate(recipe.method.name, task_name)
@@ -292,10 +366,6 @@ def training_arguments(recipe: Recipe, folder: Path, task_name: str, rows: int, 
     steps = t.max_steps or math.ceil(math.ceil(rows / (t.batch_size * world)) / t.gradient_accumulation * t.epochs)
     every = t.save_every or t.eval_every
     known = set(TrainingArguments.__dataclass_fields__)
-    for key in t.trainer:
-        if key not in known:
-            hint = did_you_mean(key, known) or "."
-            raise RecipeError(f"training.trainer.{key}: transformers' TrainingArguments has no such argument{hint}")
     values: dict[str, Any] = {
         "output_dir": str(folder), "num_train_epochs": t.epochs, "max_steps": t.max_steps or -1, "seed": recipe.seed,
         "per_device_train_batch_size": t.batch_size, "per_device_eval_batch_size": t.eval_batch_size,
@@ -306,9 +376,12 @@ def training_arguments(recipe: Recipe, folder: Path, task_name: str, rows: int, 
         "save_strategy": "steps" if every else "epoch", "save_steps": every or 500, "save_total_limit": t.checkpoints,
         "logging_steps": max(1, min(50, steps // 20)), "report_to": t.report_to or "none", "remove_unused_columns": False,
         "disable_tqdm": True, "log_level": "error", "logging_first_step": True, "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_nan_inf_filter": False, "run_name": recipe.folder.name,
     }  # fmt: skip
-    if world > 1 and not torch.accelerator.is_available():
-        values["use_cpu"] = True  # else the processes would not know of each other
+    if "project" in known:
+        values["project"] = "peft"
+    if not torch.accelerator.is_available():
+        values["use_cpu"] = True  # else bf16 would be refused, and several processes would not know of each other
     if t.gradient_checkpointing:
         name = "activation_checkpointing"  # what newer versions call it
         name = name if name in known else "gradient_checkpointing"
@@ -316,11 +389,11 @@ def training_arguments(recipe: Recipe, folder: Path, task_name: str, rows: int, 
     try:
         return TrainingArguments(**{**values, **t.trainer})
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"training: {str(error).strip().splitlines()[0]}") from None
+        raise RecipeError(f"training: {str(error).strip().splitlines()[0]}", "training.trainer") from None
 
 
 class Progress(TrainerCallback):
-    """Tells of each evaluation, measures steps, and turns Ctrl-C into a checkpoint and a clean stop.
+    """Tells of each evaluation, measures steps, and turns Ctrl-C and SIGTERM into a checkpoint and a clean stop.
 
     Args:
         tell: Prints a line.
@@ -334,21 +407,21 @@ class Progress(TrainerCallback):
         self.loss = float("nan")
         self._start = 0.0
         self.catch_up: Callable[[], None] = lambda: None
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over Ctrl-C, where this thread may."""
+        """Take over Ctrl-C, and what a cluster sends before it ends a job, where this thread may."""
         self.catch_up()
         try:
-            self._before = signal.signal(signal.SIGINT, self._stop)
+            self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:
-            self._before = None
+            self._before = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give Ctrl-C back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        """Give them back."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
 
     def _stop(self, *_: Any) -> None:
         if self.stopped:
@@ -374,9 +447,15 @@ class Progress(TrainerCallback):
             control.should_evaluate = control.should_save = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep the loss for the bar."""
+        """Keep the loss for the bar; end a run that has lost its way."""
         if logs and "loss" in logs:
             self.loss = float(logs["loss"])
+            if not math.isfinite(self.loss):
+                raise RecipeError(
+                    f"The loss is {self.loss} at step {state.global_step}: nothing can be learnt from here. Lower training.learning_rate "
+                    f"(it is {args.learning_rate:.1e}).",
+                    "training.learning_rate",
+                )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """One line."""

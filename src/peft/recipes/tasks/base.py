@@ -14,6 +14,8 @@ from ..recipe import DataSection, GenerationSection
 from ..sources import Row
 
 Feature = dict[str, Any]
+ANSWERS = ("label", "tags", "answers", "response", "target")
+"""Roles of what a model is to answer."""
 IGNORED = -100
 """Label of positions that the loss leaves out."""
 
@@ -39,6 +41,8 @@ class Task(ABC):
     roles: ClassVar[Roles]
     generates: ClassVar[bool] = False
     """Whether its answers are generated text."""
+    loss_counts_tokens: ClassVar[bool] = False
+    """Whether models for it divide their loss by the number of tokens that they are told."""
     greater_is_better: bool = True
     metric: str
 
@@ -59,6 +63,22 @@ class Task(ABC):
             if role not in self.roles.optional and (value is None or value == "" or value == []):
                 return f"{role} is empty"
         return None
+
+    def check_input(self, row: Row) -> str | None:
+        """What is wrong with a row that is to be answered, or nothing."""
+        choices = [[r for r in choice if r not in ANSWERS] for choice in self.roles.choices]
+        roles = next((c for c in choices if all(row.get(r) is not None for r in c)), None)
+        if roles is None:
+            return f"it has no {choices[0][0]}"
+        for role in roles:
+            if not isinstance(row[role], str):
+                return f"its {role} is no text"
+            if not row[role].strip():
+                return f"its {role} is empty"
+        return None
+
+    def check_labels(self, split: str, rows: Sequence[Row]) -> None:  # noqa: B027 - not all tasks have labels
+        """Refuse rows with labels that the model does not know."""
 
     def group(self, row: Row) -> Hashable:
         """What rows are stratified by."""
@@ -82,6 +102,9 @@ class Task(ABC):
             return {}
         names = dict(enumerate(self.labels))
         return {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
+
+    def check_model(self, model: Any) -> None:  # noqa: B027 - a head of the right kind is all that most tasks need
+        """Refuse a model that has the head, but cannot do the task."""
 
     def prepare(self, tokenizer: Any, longest: int, reserved: int = 0) -> None:
         """Settle the tokenizer and the length of inputs.

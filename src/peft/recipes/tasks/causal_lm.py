@@ -25,6 +25,7 @@ class CausalLM(Task):
     auto_class = "AutoModelForCausalLM"
     roles = Roles(choices=(("messages",), ("prompt", "response"), ("text",)), optional=("id",))
     generates = True
+    loss_counts_tokens = True
     metric = "loss"
     greater_is_better = False
 
@@ -40,6 +41,32 @@ class CausalLM(Task):
         if not any(m["role"] == "assistant" for m in messages):
             return "no message is the assistant's"
         return None
+
+    def check_input(self, row: Row) -> str | None:
+        if "messages" not in row:
+            prompt = row.get("prompt")
+            return super().check_input({**row, "prompt": _joined(prompt)} if prompt is not None else row)
+        messages = [_message(m) for m in row["messages"]] if isinstance(row["messages"], list) else []
+        if not messages or any(m is None for m in messages):
+            return "its messages are no list of objects with role and content"
+        row["messages"] = messages
+        return None
+
+    @torch.no_grad()
+    def check_model(self, model: Any) -> None:
+        """Refuse a model whose tokens see those after them: encoders have this head too, and would learn to copy."""
+        ids = (
+            torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
+            % model.get_input_embeddings().num_embeddings
+        )
+        was_training = model.training
+        one, other = model.eval()(input_ids=ids).logits[:, :3]
+        model.train(was_training)
+        if not torch.allclose(one, other, rtol=1e-2, atol=1e-2):
+            raise RecipeError(
+                f"The model is a {model.config.model_type} whose tokens see those that follow, so it cannot learn to write. Choose a "
+                "decoder, or set model.config.is_decoder to true."
+            )
 
     # -- features --------------------------------------------------------------------------------------------------
 

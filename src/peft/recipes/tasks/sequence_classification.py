@@ -50,14 +50,13 @@ class SequenceClassification(Task):
         self.kind = self.data.kind if self.data.kind != "auto" else _guess_kind([r["label"] for r in splits.train])
         if self.kind == "regression":
             self.labels, self.metric = [], "pearson"
-            for row in (*splits.train, *splits.validation, *splits.test):
-                _as_number(row["label"])
+            self.check_labels("all", [*splits.train, *splits.validation, *splits.test])
             return
         if self.kind == "multi-label":
             self.metric = "f1_micro"
         self.labels = [str(n) for n in splits.label_names] if splits.label_names else self._found(splits.pool)
         for split in ("train", "validation", "test"):
-            self._check_split(split, getattr(splits, split))
+            self.check_labels(split, getattr(splits, split))
         if len(self.labels) < 2 and self.kind == "single":
             raise RecipeError(
                 f"All {len(splits.train):,} training rows have the label {self.labels[0]!r}; a classifier needs at least two. "
@@ -96,7 +95,11 @@ class SequenceClassification(Task):
                 raise KeyError(name)
         return numbers
 
-    def _check_split(self, split: str, rows: Sequence[Row]) -> None:
+    def check_labels(self, split: str, rows: Sequence[Row]) -> None:
+        if self.kind == "regression":
+            for row in rows:
+                _as_number(row["label"])
+            return
         unknown: dict[str, int] = {}
         seen: set[int] = set()
         for row in rows:

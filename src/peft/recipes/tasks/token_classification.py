@@ -36,6 +36,22 @@ class TokenClassification(Task):
             return f"{len(row['tokens'])} tokens, {len(row['tags'])} tags"
         return None
 
+    def check_input(self, row: Row) -> str | None:
+        if isinstance(row.get("tokens"), str):
+            row["tokens"] = _listed(row["tokens"])
+        if not isinstance(row.get("tokens"), list) or not row["tokens"]:
+            return "it has no tokens"
+        return None
+
+    def check_labels(self, split: str, rows: Sequence[Row]) -> None:
+        unknown = {str(t) for row in rows for t in row["tags"] if self._number(t) is None}
+        if unknown:
+            raise RecipeError(
+                f"{split} rows have tags that are not among the labels: {shorten(sorted(unknown))}"
+                f"{did_you_mean(sorted(unknown)[0], self.labels)}. Mend them, or name all labels: data.labels=[…].",
+                f"data.{split}",
+            )
+
     def group(self, row: Row) -> Hashable:
         kinds = {str(tag).rpartition("-")[2] for tag in row["tags"] if str(tag) not in ("O", "0")}
         return bool(kinds)
@@ -52,12 +68,7 @@ class TokenClassification(Task):
         if not self._entities:
             self.metric = "accuracy"
         for split in ("train", "validation", "test"):
-            unknown = {str(t) for row in getattr(splits, split) for t in row["tags"] if self._number(t) is None}
-            if unknown:
-                raise RecipeError(
-                    f"{split} rows have tags that are not among the labels: {shorten(sorted(unknown))}"
-                    f"{did_you_mean(sorted(unknown)[0], self.labels)}. Mend them, or name all labels: data.labels=[…]."
-                )
+            self.check_labels(split, getattr(splits, split))
         seen = {self._number(tag) for row in splits.train for tag in row["tags"]}
         if never := [name for i, name in enumerate(self.labels) if i not in seen and name[:2] != "I-"]:
             self.notes.append(f"No training row has the tag {shorten(never)}.")
