@@ -96,6 +96,7 @@ $(LYCORIS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(LYCORIS)
 	$(LYCORIS)/bin/python $(INSTALL) torch
 	$(LYCORIS)/bin/python $(INSTALL) safetensors lycoris-lora==4.1.3
+	@touch $@
 
 # Apart from torch's environment: Snakemake only starts commands.
 $(SNAKE)/.installed: constraints.txt
