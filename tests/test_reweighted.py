@@ -15,6 +15,7 @@ from peft.helpers import recompute_inputs
 from peft.kernels import modes
 from peft.kernels.hadamard import Hadamard, hadamard_reference, hadamard_stacked
 from peft.kernels.kronecker import Kronecker, kronecker_stacked
+from peft.kernels.linear import Source, linear
 from peft.kernels.low_rank import LowRank, low_rank_linear
 from peft.kernels.magnitude import Magnitude
 from peft.kernels.recompute import Memo
@@ -268,3 +269,30 @@ def test_stacked_products_are_those_of_each_adapter():
     w1, w2 = torch.randn(3, 3, 2), torch.randn(3, 2, 4)
     expected = torch.stack([x[i] @ torch.kron(w1[i], w2[i]).T for i in range(3)])
     torch.testing.assert_close(kronecker_stacked(x, w1, w2), expected, atol=1e-4, rtol=1e-4)
+
+
+# -- what a frozen layer makes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["", "without bias"])
+def test_what_a_frozen_layer_makes_of_a_recomputed_input_is_made_again(bias):
+    frozen = nn.Linear(8, 8, bias=bias, dtype=torch.float64).requires_grad_(False)
+    h, weight, offset = make(5, 8), make(3, 8), make(3)
+    for producer, kept in ((F.gelu, False), (torch.tanh, True)):  # tanh is not in the table of producers
+        memo = Memo()
+
+        def function(h, weight, offset, producer=producer, memo=memo):
+            x = producer(h)
+            return linear(frozen(x), weight, offset, memo, Source(x, frozen.weight, frozen.bias))
+
+        assert torch.autograd.gradcheck(function, (h, weight, offset))
+        assert torch.autograd.gradgradcheck(function, (h, weight, offset))
+        assert (function(h, weight, offset).grad_fn.saved_tensors[0] is not None) == kept
+
+
+def test_a_source_that_gives_something_else_is_not_believed():
+    frozen = nn.Linear(8, 8).requires_grad_(False)
+    h, weight, offset = (make(*shape, dtype=torch.float32) for shape in ((5, 8), (3, 8), (3,)))
+    x, memo = F.gelu(h), Memo()
+    out = linear(frozen(x) + 1.0, weight, offset, memo, Source(x, frozen.weight, frozen.bias))
+    assert memo.repeats is False and out.grad_fn.saved_tensors[0] is not None

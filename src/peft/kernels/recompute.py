@@ -87,13 +87,15 @@ class Memo:
     Attributes:
         ways: By the names of the operations that made its input the way that was verified, or ``None`` where it was refuted.
         output_stays: Whether what follows leaves the layer's output as it is; ``None``: not known yet.
+        repeats: Whether the frozen layer before gives the same output again; ``None``: not known yet.
     """
 
-    __slots__ = ("output_stays", "ways")
+    __slots__ = ("output_stays", "repeats", "ways")
 
     def __init__(self) -> None:
         self.ways: dict[tuple[str, ...], Way | None] = {}
         self.output_stays: bool | None = None
+        self.repeats: bool | None = None
 
     def __reduce__(self) -> Any:  # a copy, or another process, starts anew
         return Memo, ()

@@ -16,7 +16,7 @@ from ...core.layer import AdapterLayer
 from ...core.mixed import Groups
 from ...core.targets import resolve_defaults
 from ...core.tuner import BaseTuner
-from ...kernels.linear import linear
+from ...kernels.linear import Source, linear
 from .config import DEFAULT_REDUCTION, activation, positive
 from .places import PLACES
 
@@ -163,7 +163,9 @@ class BottleneckLayer(AdapterLayer):
     def after(self, name: str, x: torch.Tensor, y: torch.Tensor, earlier: Sequence[str] = ()) -> torch.Tensor:
         shape = self.bottleneck_shape[name]
         if not shape.again:
-            return y + self.change(name, x if shape.beside else y)
+            return y + (
+                self.change(name, x) if shape.beside else self.change(name, y, None if earlier else self._source(x))
+            )
         before = [n for n in earlier if self.bottleneck_shape[n].again]
         if before:
             y = self.base_layer(x)
@@ -172,12 +174,21 @@ class BottleneckLayer(AdapterLayer):
             y = self.base_layer(x)
         return y
 
-    def change(self, name: str, z: torch.Tensor) -> torch.Tensor:
+    def _source(self, x: torch.Tensor) -> Source | None:
+        """The base layer and its input as what makes the adapter's input, where it is a plain linear layer; whole batches alone,
+        since products of some rows may differ in the last bit."""
+        if self.is_attached or self._shared.plan is not None:
+            return None
+        operands = self.kind.operands(self.base_layer)
+        return None if operands is None else Source(x, *operands)
+
+    def change(self, name: str, z: torch.Tensor, source: Source | None = None) -> torch.Tensor:
         """What an adapter adds.
 
         Args:
             name: The adapter.
             z: What it reads, (batch, …, width).
+            source: What made it, where that is known.
 
         Returns:
             (batch, …, out_features).
@@ -186,8 +197,8 @@ class BottleneckLayer(AdapterLayer):
         down, up = self.projections(name)
         z = self.cast_input(z, down.dtype)
         if name in self.bottleneck_norm_before:
-            z = F.layer_norm(z, z.shape[-1:], *self.bottleneck_norm_before[name])
-        hidden = self.bottleneck_act[name](linear(z, down, self.bottleneck_down_bias[name], self.memo))
+            z, source = F.layer_norm(z, z.shape[-1:], *self.bottleneck_norm_before[name]), None
+        hidden = self.bottleneck_act[name](linear(z, down, self.bottleneck_down_bias[name], self.memo, source))
         if shape.dropout and self.training:
             hidden = F.dropout(hidden, shape.dropout)
         out = F.linear(hidden, up, self.bottleneck_up_bias[name])
