@@ -304,7 +304,16 @@ def _read_safetensors(path: str, device: str) -> dict[str, torch.Tensor]:
             pointer = file.read(100).startswith(b"version https://git-lfs")
         mend = "It is a pointer of Git LFS: fetch the file itself with `git lfs pull`" if pointer else "Copy it again"
         raise ValueError(f"{path!r} is damaged or not a safetensors file: {error}. {mend}.") from error
-    return tensors
+    return {key: _aligned(tensor) for key, tensor in tensors.items()}
+
+
+ALIGNMENT = 64
+"""Bytes to which torch aligns what it allocates on a CPU."""
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that starts where torch's own would: products of small matrices round by how their operands are aligned."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def upload(

@@ -270,10 +270,11 @@ class AdapterLayer(BaseTunerLayer):
         if not any(self.has_adapter(name) for name in plan.names):
             return self.base_layer(x, *args, **kwargs)
         self.kind.check_rows(self.get_base_layer(), x)
-        if plan.only is not None and not args and not kwargs and (y := self._in_one_go(plan.only, x)) is not None:
-            return y
         if x.shape[0] == 1 and len(plan.names) > 1:  # one row for the whole batch, such as positions
             x = x.expand(len(plan.names), *x.shape[1:])
+        plan.rows(x, self._where())  # raises where rows do not fit
+        if plan.only is not None and not args and not kwargs and (y := self._in_one_go(plan.only, x)) is not None:
+            return y
 
         def scaled(name: str, rows: torch.Tensor | None) -> torch.Tensor:
             part = x if rows is None else x.index_select(0, rows)
