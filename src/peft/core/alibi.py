@@ -33,8 +33,8 @@ class _View:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.cache is not None:
             key, value = self.cache.update(key, value, *args, **kwargs)
-        self.site.holder.note(self.site.index, key, value)
-        prefix = self.site.holder.prefix(self.site.index, key)
+        self.site.holder.note(self.site, key, value)
+        prefix = self.site.holder.prefix(self.site, key)
         if prefix is None:
             return key, value
         return torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
@@ -51,10 +51,10 @@ class ThroughCache:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         holder, hidden, alibi = self.site.holder, call["hidden_states"], call["alibi"]
         call["layer_past"] = _View(call.get("layer_past"), self.site)
-        length = holder.longest_shift()
+        length = holder.longest(self.site)
         if length:
             batch, heads = hidden.shape[0], alibi.shape[0] // hidden.shape[0]
-            bias = holder.by_length(lambda n: self._front(n, length, heads, alibi), hidden)
+            bias = holder.by_length(self.site, lambda n: self._front(n, length, heads, alibi), hidden)
             bias = bias.expand(batch, -1, -1, -1).reshape(batch * heads, 1, length)
             call["alibi"] = torch.cat([bias, alibi], dim=-1)
             shape = (hidden.shape[1], alibi.shape[-1])

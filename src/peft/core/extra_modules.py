@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import did_you_mean, doubt, shorten
 from .holder import BaseTunerLayer
-from .mixed import by_rows
+from .mixed import Names, adapters_of, by_rows
 from .targets import HEAD_NAMES, base_modules
 
 
@@ -69,13 +69,23 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.copy_of(names)
+        super().set_adapter(names, inference_mode)
+
+    def copy_of(self, names: Iterable[str]) -> nn.Module:
+        """The copy in use where these adapters act together: that of the one that has its own, else the original.
+
+        Raises:
+            ValueError: Several have their own.
+        """
         here = [n for n in names if n in self.modules_to_save]
         if len(here) > 1:
             raise ValueError(
                 f"Only one adapter can be active for a module that is trained in full, but {shorten(here)} all have their own "
-                f"{type(self.original_module).__name__}. Activate one of them."
+                f"{type(self.original_module).__name__}. Activate one of them; for what several share, give the shared adapter no "
+                "task_type and no modules_to_save."
             )
-        super().set_adapter(names, inference_mode)
+        return self.modules_to_save[here[0]] if here else self.original_module
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
         super().delete_adapter(adapter_name)
@@ -100,12 +110,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self._shared.plan
-        if plan is None or self._disable_adapters or not any(n in self.modules_to_save for n in plan.names):
+        if plan is None or self._disable_adapters or not any(n in self.modules_to_save for n in plan.adapters):
             return self.current()(x, *args, **kwargs)
 
-        def run(name: str, rows: torch.Tensor | None) -> torch.Tensor:
-            holds = name in self.modules_to_save  # ModuleDict has no get()
-            module = self.modules_to_save[name] if holds else self.original_module
+        def run(names: Names, rows: torch.Tensor | None) -> torch.Tensor:
+            module = self.copy_of(adapters_of(names))
             return module(x if rows is None else x.index_select(0, rows), *args, **kwargs)
 
         return by_rows(plan, x, f"modules_to_save {type(self.original_module).__name__}", run)

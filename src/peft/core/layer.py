@@ -20,7 +20,7 @@ from .blocks import Attachment
 from .errors import PeftError, doubt
 from .holder import BaseTunerLayer
 from .kinds import LayerKind, Vector, kind_of
-from .mixed import Groups, by_rows
+from .mixed import Groups, Names, adapters_of, by_rows
 from .sharding import is_dtensor
 
 HALF = (torch.float16, torch.bfloat16)
@@ -267,7 +267,7 @@ class AdapterLayer(BaseTunerLayer):
         assert plan is not None
         if self.merged:
             raise ValueError("`adapter_names` cannot be used while adapters are merged: call unmerge_adapter() first.")
-        if not any(self.has_adapter(name) for name in plan.names):
+        if not any(self.has_adapter(name) for name in plan.adapters):
             return self.base_layer(x, *args, **kwargs)
         self.kind.check_rows(self.get_base_layer(), x)
         if x.shape[0] == 1 and len(plan.names) > 1:  # one row for the whole batch, such as positions
@@ -276,9 +276,11 @@ class AdapterLayer(BaseTunerLayer):
         if plan.only is not None and not args and not kwargs and (y := self._in_one_go(plan.only, x)) is not None:
             return y
 
-        def scaled(name: str, rows: torch.Tensor | None) -> torch.Tensor:
+        def scaled(names: Names, rows: torch.Tensor | None) -> torch.Tensor:
             part = x if rows is None else x.index_select(0, rows)
-            return self.before(name, part) if self.has_adapter(name) else part
+            for name in self._here(names):
+                part = self.before(name, part)
+            return part
 
         changes_input = type(self).before is not AdapterLayer.before
         base_input = by_rows(plan, x, self._where(), scaled) if changes_input else x
@@ -292,14 +294,17 @@ class AdapterLayer(BaseTunerLayer):
             if groups is not None and (out := self.after_groups(groups, x, y)) is not None:
                 return out if out.dtype == y.dtype else out.to(y.dtype)
 
-        def changed(name: str, rows: torch.Tensor | None) -> torch.Tensor:
-            y_part = y if rows is None else y.index_select(0, rows)
-            if not self.has_adapter(name):
-                return y_part
-            read = self.attachment.read(name, x)
-            return self.after(name, read if rows is None else read.index_select(0, rows), y_part).to(y.dtype)
+        def changed(names: Names, rows: torch.Tensor | None) -> torch.Tensor:
+            part, here = y if rows is None else y.index_select(0, rows), self._here(names)
+            for i, name in enumerate(here):
+                read = self.attachment.read(name, x)
+                part = self.after(name, read if rows is None else read.index_select(0, rows), part, here[:i])
+            return part.to(y.dtype)
 
         return by_rows(plan, x, self._where(), changed)
+
+    def _here(self, names: Names) -> list[str]:
+        return [name for name in adapters_of(names) if self.has_adapter(name)]
 
     def _where(self) -> str:
         return f"a layer of type {type(self.get_base_layer()).__name__}"
@@ -310,7 +315,7 @@ class AdapterLayer(BaseTunerLayer):
         if self._disable_adapters:
             return True
         plan = self._shared.plan
-        return not (self.live_adapters() if plan is None else any(self.has_adapter(n) for n in plan.names))
+        return not (self.live_adapters() if plan is None else any(self.has_adapter(n) for n in plan.adapters))
 
     def live_adapters(self) -> list[str]:
         """The adapters that forward applies: active, on this layer, and not merged; none where a mixed batch's plan decides."""

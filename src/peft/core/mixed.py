@@ -1,4 +1,4 @@
-"""Mixed batches: one adapter per row, planned once per forward pass and read by every adapted layer."""
+"""Mixed batches: each row has its own adapter or adapters, planned once per forward pass and read by every adapted layer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from torch import nn
 from .errors import did_you_mean, shorten
 
 BASE = "__base__"
+
+Names = str | tuple[str, ...]
+"""What acts on a row: one adapter, or several together, in order."""
+
+
+def adapters_of(names: Names) -> tuple[str, ...]:
+    """The single adapters that act on a row."""
+    return (names,) if isinstance(names, str) else names
+
 
 
 class Shared:
@@ -76,43 +85,48 @@ class MixedPlan:
     """Which rows of a batch go through which adapter.
 
     Args:
-        names: One adapter name per row; ``"__base__"`` is the plain model.
+        names: One adapter per row, or several that act on it together; ``"__base__"`` is the plain model.
         expands: Whether layers may see each row several times in a row, as generation does with beams.
     """
 
-    def __init__(self, names: Sequence[str], *, expands: bool = False) -> None:
+    def __init__(self, names: Sequence[Names], *, expands: bool = False) -> None:
         self.names = tuple(names)
+        self.kinds = tuple(dict.fromkeys(self.names))
+        """What acts on rows, each once."""
+        self.adapters = tuple(dict.fromkeys(name for names in self.kinds for name in adapters_of(names)))
+        """All adapters that act on any row."""
         self.expands = expands
-        self._rows: dict[str, list[int]] = {}
+        self._rows: dict[Names, list[int]] = {}
         for row, name in enumerate(self.names):
             self._rows.setdefault(name, []).append(row)
-        self._index: dict[tuple[int, torch.device], dict[str, torch.Tensor]] = {}
+        self._index: dict[tuple[int, torch.device], dict[Names, torch.Tensor]] = {}
         self._groups: dict[tuple[int, torch.device], Groups] = {}
         self.notes: dict[Any, torch.Tensor] = {}
         """What layers work out once for a plan."""
 
     @property
     def only(self) -> str | None:
-        """The adapter of all rows, where they have the same."""
-        return self.names[0] if len(self._rows) == 1 else None
+        """The adapter of all rows, where they have the same one."""
+        return self.names[0] if len(self._rows) == 1 and isinstance(self.names[0], str) else None
 
     def groups(self, x: torch.Tensor, where: str) -> Groups | None:
-        """Rows sorted into groups of equal size, or ``None`` where there is one adapter, or groups are too uneven.
+        """Rows sorted into groups of equal size, or ``None`` where there is one adapter, groups are too uneven, or rows have several.
 
         Args:
             x: The input, as for :meth:`rows`.
             where: What asks, for the message.
         """
         rows = self.rows(x, where)
-        if len(rows) == 1:
+        single = {names: index for names, index in rows.items() if isinstance(names, str)}
+        if len(rows) == 1 or len(single) < len(rows):
             return None
         key = (x.shape[0], x.device)
         if key not in self._groups:
-            self._groups[key] = Groups(rows, x.shape[0], x.device)
+            self._groups[key] = Groups(single, x.shape[0], x.device)
         return self._groups[key] if self._groups[key].is_even else None
 
-    def rows(self, x: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
-        """Row numbers of each adapter in a layer's input.
+    def rows(self, x: torch.Tensor, where: str) -> dict[Names, torch.Tensor]:
+        """Row numbers in a layer's input of each adapter, or of several together.
 
         Args:
             x: The input, whose first dimension is the batch, or batch times positions for 2-D inputs.
@@ -138,15 +152,15 @@ class MixedPlan:
 
 
 def by_rows(
-    plan: MixedPlan, x: torch.Tensor, where: str, run: Callable[[str, torch.Tensor | None], torch.Tensor]
+    plan: MixedPlan, x: torch.Tensor, where: str, run: Callable[[Any, torch.Tensor | None], torch.Tensor]
 ) -> torch.Tensor:
-    """Run each group of rows by its adapter and put the results back into the batch's order.
+    """Run each group of rows by its adapter, or by several together, and put the results back into the batch's order.
 
     Args:
         plan: The plan.
         x: The layer's input.
         where: What asks, for messages.
-        run: Called with an adapter's name and its row numbers (``None``: all rows); gives the output of these rows.
+        run: Called with what acts on rows (:data:`Names`) and their numbers (``None``: all rows); gives the output of these rows.
     """
     groups = plan.rows(x, where)
     if len(groups) == 1:
@@ -159,26 +173,50 @@ def by_rows(
     return torch.cat(outputs).index_select(0, order)
 
 
-def check_names(names: Any, known: Iterable[str], batch_size: int | None) -> list[str]:
+def check_names(names: Any, known: Iterable[str], batch_size: int | None) -> list[Names]:
     """Check ``adapter_names`` of a call.
 
+    Args:
+        names: A list with one entry for each row: a name, or a tuple or list of names that act on the row together.
+        known: The adapters that there are.
+        batch_size: Number of rows, where that is known.
+
+    Returns:
+        A name or a tuple of several for each row.
+
     Raises:
-        ValueError: Not a list of known names, one per row.
+        ValueError: Not such a list, an unknown name, or names that cannot act together.
     """
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
-        raise ValueError(f"`adapter_names` should be a list with one adapter name per row of the batch, got {names!r}.")
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(_is_entry(n) for n in names):
+        raise ValueError(
+            f"`adapter_names` should be a list with one adapter name per row of the batch, or a tuple of names for a row that several "
+            f"adapters act on together, got {names!r}."
+        )
+    entries = [n if isinstance(n, str) else tuple(n) if len(n) > 1 else n[0] for n in names]
     known = list(known)
-    unknown = sorted({n for n in names if n not in known and n != BASE})
+    unknown = sorted({n for entry in entries for n in adapters_of(entry) if n not in known and n != BASE})
     if unknown:
         raise ValueError(
             f"`adapter_names` holds unknown adapters: {shorten(unknown)}{did_you_mean(unknown[0], known)}. "
             f"Loaded: {', '.join(known)}; {BASE!r} is the plain model."
         )
-    if batch_size is not None and batch_size != len(names):
+    for entry in {e for e in entries if not isinstance(e, str)}:
+        if BASE in entry:
+            raise ValueError(f"`adapter_names` holds {entry!r}, but {BASE!r} is the plain model: leave it out there.")
+        if len(set(entry)) < len(entry):
+            raise ValueError(f"`adapter_names` holds {entry!r}, which names an adapter twice. Name each once.")
+    if batch_size is not None and batch_size != len(entries):
         raise ValueError(
-            f"`adapter_names` has {len(names)} names, but the batch has {batch_size} rows. Give one name per row."
+            f"`adapter_names` has {len(entries)} names, but the batch has {batch_size} rows. Give one name per row, or a tuple of "
+            "names for a row that several adapters act on."
         )
-    return list(names)
+    return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    if isinstance(entry, str):
+        return True
+    return isinstance(entry, (tuple, list)) and len(entry) > 0 and all(isinstance(n, str) for n in entry)
 
 
 def batch_size_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

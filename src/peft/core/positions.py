@@ -47,10 +47,11 @@ class Shift:
     Args:
         holder: What holds the prefixes.
         module: The module that it hangs on.
+        stack: The stack whose positions it counts.
     """
 
-    def __init__(self, holder: Prompts, module: nn.Module) -> None:
-        self.holder = holder
+    def __init__(self, holder: Prompts, module: nn.Module, stack: str) -> None:
+        self.holder, self.stack = holder, stack
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         plain = type(module) is nn.Embedding
         self.place = 0 if plain else names.index("position_ids")
@@ -58,7 +59,7 @@ class Shift:
         self.rows = None if plain or self.place == 0 else 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.holder.shifts():
+        if not self.holder.longest_shift(self.stack):
             return None
         by_place = len(args) > self.place
         positions = args[self.place] if by_place else kwargs.get(self.name)
@@ -69,9 +70,9 @@ class Shift:
         rows = positions.shape[0] if positions.dim() > 1 else 1
         if self.rows is not None and len(args) > self.rows and isinstance(args[self.rows], torch.Tensor):
             rows = max(rows, args[self.rows].shape[0])
-        shift = self.holder.shift(rows, positions.device)
+        shift = self.holder.shift(self.stack, rows, positions.device)
         if isinstance(module, nn.Embedding):
-            self._check(module, positions, self.holder.longest_shift())
+            self._check(module, positions, self.holder.longest_shift(self.stack))
         shifted = positions + shift
         if by_place:
             return (*args[: self.place], shifted, *args[self.place + 1 :]), kwargs

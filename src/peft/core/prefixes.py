@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .prompt_table import CROSS, ENCODER, MAIN, Where
+
 if TYPE_CHECKING:
     from .prompts import Prompts
 
@@ -38,10 +40,11 @@ class Site:
     Args:
         module: The attention layer.
         holder: What holds the prefixes.
-        index: Its number among the layers.
+        index: Its number among the layers of its part.
         eager: The model's own plain attention function; ``None`` for a layer that looks none up.
         config: The layer's configuration.
         bias_owner: In models with relative position biases, the layer that makes them.
+        part: Which part of the model it is of.
         past: In such models, the number of cached tokens of the current call.
     """
 
@@ -51,7 +54,23 @@ class Site:
     eager: Callable[..., Any] | None
     config: Any
     bias_owner: Any = None
+    part: str = MAIN
     past: Any = 0
+
+    @property
+    def where(self) -> Where:
+        """What names it in a layout."""
+        return self.part, self.index
+
+    @property
+    def stack(self) -> str:
+        """The part whose layers run one after the other with it: a decoder's two kinds of attention are of one stack."""
+        return stack_of(self.part)
+
+    @property
+    def order(self) -> int:
+        """Its turn in its stack."""
+        return turn(self.where)
 
     def attend(self) -> Callable[..., Any]:
         """The function that the model would have used."""
@@ -68,8 +87,25 @@ class Site:
         return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def attention_layers(stack: nn.Module) -> list[tuple[nn.Module, Callable[..., Any] | None]]:
-    """Self-attention layers of a stack that take prefixes.
+def stack_of(part: str) -> str:
+    """The stack that runs the layers of a part."""
+    return ENCODER if part == ENCODER else MAIN
+
+
+def turn(where: Where) -> int:
+    """When a layer runs in its stack: cross-attention after the self-attention of the same number."""
+    part, index = where
+    return 2 * index + (part == CROSS)
+
+
+def attention_layers(
+    stack: nn.Module, *, cross: bool = False
+) -> list[tuple[nn.Module, Callable[..., Any] | None]]:
+    """Attention layers of a stack that take prefixes.
+
+    Args:
+        stack: The stack.
+        cross: Those that attend to an encoder, instead of to the stack itself.
 
     Returns:
         Each layer that looks up its attention function, with the model's plain one; or with ``None``, each that asks a cache.
@@ -78,12 +114,12 @@ def attention_layers(stack: nn.Module) -> list[tuple[nn.Module, Callable[..., An
     from .alibi import attends_through_cache
 
     for name, module in stack.named_modules():
-        if hasattr(stack, "build_alibi_tensor") and attends_through_cache(module):
+        if not cross and hasattr(stack, "build_alibi_tensor") and attends_through_cache(module):
             found.append((module, None))
             continue
         forward = inspect.unwrap(type(module).forward)
         code, variables = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
-        if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names or _is_cross(name, module):
+        if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names or _is_cross(name, module) != cross:
             continue
         if hasattr(module, "config") and "eager_attention_forward" in variables:
             found.append((module, variables["eager_attention_forward"]))
@@ -196,9 +232,9 @@ def attention_with_prefix(
         **kwargs: For the real function.
     """
     site: Site = module._peft_site
-    site.holder.note(site.index, key, value)
+    site.holder.note(site, key, value)
     attend = site.attend()
-    prefix = site.holder.prefix(site.index, key)
+    prefix = site.holder.prefix(site, key)
     if prefix is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
     prefix_key, prefix_value, visible = prefix
@@ -214,7 +250,7 @@ def attention_with_prefix(
     keys = key.shape[2]
     key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
     if kwargs.get("position_bias") is not None:
-        bias = site.holder.by_length(lambda n: _pad_columns(_prefix_bias(site, queries, n, query), length), query)
+        bias = site.holder.by_length(site, lambda n: _pad_columns(_prefix_bias(site, queries, n, query), length), query)
         rest = kwargs["position_bias"].expand(bias.shape[0], -1, -1, -1)
         kwargs["position_bias"] = torch.cat([bias.to(query.dtype).expand(rest.shape[0], -1, -1, -1), rest], dim=-1)
     kernel = site.config._attn_implementation or "eager"
@@ -244,7 +280,7 @@ def mask_for(
         like: A tensor of the layer's dtype and batch.
         is_causal: Whether a query sees earlier keys alone.
     """
-    visible = site.holder.visible(like)
+    visible = site.holder.visible(site, like)
     if mask is None:
         return _shared_mask(site, *shape, length, is_causal, visible, like)
     return _padded_mask(mask, length, visible, like, True)
@@ -255,7 +291,7 @@ def _shared_mask(
 ) -> torch.Tensor | None:
     causal = is_causal and queries > 1
     return site.holder.shared(
-        site.index,
+        site,
         (queries, keys, length, causal, visible, query.dtype, query.device, torch.is_inference_mode_enabled()),
         lambda: _fresh_mask(queries, keys, length, causal, visible, query),
     )
@@ -268,7 +304,12 @@ def _spares_mask(module: Any, query: torch.Tensor, kwargs: dict[str, Any]) -> bo
 
 
 def _prefix_bias(site: Site, queries: int, length: int, query: torch.Tensor) -> torch.Tensor:
-    """Relative position biases between the queries and ``length`` tokens before the first, (1, heads, queries, length)."""
+    """Relative position biases between the queries and ``length`` tokens before the first, (1, heads, queries, length).
+
+    Attention to an encoder knows no positions.
+    """
+    if site.bias_owner is None:
+        return query.new_zeros(1, query.shape[1], queries, length)
     return site.bias_owner.compute_bias(queries, length, device=query.device, past_seen_tokens=site.past + length)
 
 
@@ -307,12 +348,11 @@ def _padded_mask(
     if torch.compiler.is_compiling():
         return _pad_mask(mask, length, visible, query, additive)
     known = _PADDED.setdefault(mask, {})
-    key = (length, visible is not None and visible.data_ptr(), query.dtype, additive, version(mask))
-    if key not in known:
-        known.clear()
-        # The first element keeps `visible` alive, so that its address stays its own.
-        known[key] = (visible, _pad_mask(mask, length, visible, query, additive))
-    return known[key][1]
+    state = (visible is not None and visible.data_ptr(), query.dtype, additive, version(mask))
+    if length not in known or known[length][0] != state:
+        # The second element keeps `visible` alive, so that its address stays its own.
+        known[length] = (state, visible, _pad_mask(mask, length, visible, query, additive))
+    return known[length][2]
 
 
 def version(tensor: torch.Tensor) -> int:

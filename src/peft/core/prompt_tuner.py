@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..config import PromptLearningConfig
 from . import prefixes
 from .injection import Placed
 from .layer import HALF
 from .positions import has_relative_bias, longest_input, position_modules
+from .prompt_table import CROSS, ENCODER, MAIN, Layout, Where
 from .prompts import FILE_KEY, NAME, Placement, Prompts, PromptTable
+from .tokens import real_tokens
 from .tuner import BaseTuner
 
 
@@ -31,6 +35,9 @@ class Geometry:
         queries: Number of query heads; ``None`` where the model does not say.
         positions: Number of positions that the model knows; ``None``: no limit.
         stacks: 2 for encoder-decoders, 1 for others.
+        is_causal: Whether the layers are those of a decoder.
+        others: Number of layers of further parts that take prefixes: an encoder's, and those of attention to it.
+        refused: Why parts of the model take none.
     """
 
     layers: int
@@ -40,12 +47,18 @@ class Geometry:
     queries: int | None
     positions: int | None
     stacks: int
+    is_causal: bool = True
+    others: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key_size(self) -> int:
         """Numbers in one token's keys of one layer."""
         return self.heads * self.head_size
 
+
+PARTS = {MAIN: "self-attention", ENCODER: "encoder", CROSS: "cross-attention"}
+"""Parts of a model in words."""
 
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that a task trains besides the adapter."""
@@ -76,6 +89,15 @@ class PromptTuner(BaseTuner):
     def table_shape(cls, config: Any, geometry: Geometry) -> tuple[int, int]:
         """Rows and columns of the table."""
         raise NotImplementedError
+
+    @classmethod
+    def layout(cls, config: Any) -> Layout | None:
+        """Which keys and values of the table belong where, for prefixes.
+
+        Args:
+            config: The configuration, filled.
+        """
+        return None
 
     @classmethod
     def make_table(cls, config: Any, geometry: Geometry, model: Any) -> PromptTable:
@@ -144,22 +166,82 @@ class TokenTuner(PromptTuner):
         return config.num_virtual_tokens * config.num_transformer_submodules, geometry.embedding_size
 
 
+class PrefixTuner(PromptTuner):
+    """Methods that put keys and values in front of those of attention layers, wherever their :meth:`layout` says.
+
+    What such an adapter holds can be written as an adapter of any other such method that has a place for it: :meth:`unpack` tells what
+    is in front of each layer, :meth:`pack` puts it into a table.
+    """
+
+    placement = "prefix"
+
+    @classmethod
+    def pack(cls, pieces: Mapping[Where, torch.Tensor], values: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        """Configuration fields and table of an adapter of this method that puts these keys and values in front.
+
+        Args:
+            pieces: What stands in front of each layer that has a prefix, (tokens, 2 · key size).
+            values: Fields that all such methods have: sizes of the model, and what any configuration holds.
+
+        Raises:
+            ValueError: The method has no place for them.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def unpack(cls, config: Any, table: torch.Tensor) -> dict[Where, torch.Tensor]:
+        """What stands in front of each layer that has a prefix, (tokens, 2 · key size).
+
+        Args:
+            config: The configuration, filled.
+            table: The table as the adapter's file holds it.
+        """
+        layout = cls.layout(config)
+        assert layout is not None
+        pieces = layout.split(table)
+        return {where: pieces[place] for where, place in layout.places.items()}
+
+    @classmethod
+    def in_form(cls, method: Any, tensors: dict[str, torch.Tensor], config: Any) -> tuple[dict[str, torch.Tensor], Any]:
+        if not issubclass(method.tuner_cls, PrefixTuner) or method.tuner_cls is cls:
+            return super().in_form(method, tensors, config)
+        left_out = {"peft_type", "num_virtual_tokens"}
+        names = {f.name for f in dataclasses.fields(PromptLearningConfig)} - left_out
+        values = {name: getattr(config, name) for name in names}
+        values, table = method.tuner_cls.pack(cls.unpack(config, tensors[FILE_KEY]), values)
+        return {**tensors, FILE_KEY: table.contiguous()}, method.config_cls(**values)
+
+    @classmethod
+    def start(cls, table: PromptTable, config: Any, holder: Prompts, model: nn.Module) -> None:
+        """Start from the base model's own keys and values: a prefix that every layer already knows how to read."""
+        layout = table.layout
+        assert layout is not None
+        pairs = holder.keys_values_of(real_tokens(model, max(layout.lengths)), layout.parts)
+        size = holder.heads * holder.head_size
+        pieces = [torch.zeros(n, 2 * size) for n in layout.lengths]
+        for where, place in layout.places.items():
+            key, value = (t.transpose(0, 1).flatten(1).float().cpu() for t in pairs[where])
+            pieces[place] = torch.cat([key, value], 1)[: layout.lengths[place]]
+        table.begin(pieces)
+
+
 def check_length(config: Any, geometry: Geometry) -> None:
     """Refuse numbers of virtual tokens that make no sense for the model.
 
     Raises:
         ValueError: With what to change.
     """
-    count = config.num_virtual_tokens
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(
-            f"`num_virtual_tokens` should be a whole number from 1 on, got {count!r}. 20 is a common choice."
-        )
-    if geometry.positions is not None and count >= geometry.positions:
-        raise ValueError(
-            f"`num_virtual_tokens` is {count}, but the model has only {geometry.positions} positions, and virtual tokens take them "
-            f"up: nothing would be left for the input. Use fewer than {geometry.positions}."
-        )
+    counts = config.num_virtual_tokens if isinstance(config.num_virtual_tokens, list) else [config.num_virtual_tokens]
+    for count in counts:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(
+                f"`num_virtual_tokens` should be a whole number from 1 on, got {count!r}. 20 is a common choice."
+            )
+        if geometry.positions is not None and count >= geometry.positions:
+            raise ValueError(
+                f"`num_virtual_tokens` is {count}, but the model has only {geometry.positions} positions, and virtual tokens take them "
+                f"up: nothing would be left for the input. Use fewer than {geometry.positions}."
+            )
 
 
 def check_size(config: Any, name: str, found: int, what: str) -> None:
@@ -174,6 +256,16 @@ def check_size(config: Any, name: str, found: int, what: str) -> None:
             f"The configuration has {name}={asked}, but {what} of this model is {found}. The adapter was made for another model; to "
             f"make a new one, leave `{name}` out."
         )
+
+
+def check_part(geometry: Geometry, part: str) -> None:
+    """Refuse a prefix in a part of a model that cannot carry one.
+
+    Raises:
+        NotImplementedError: With the reason.
+    """
+    if part in geometry.refused:
+        raise NotImplementedError(f"This model cannot carry a prefix in its {PARTS[part]}: {geometry.refused[part]}.")
 
 
 def build_table(
@@ -198,7 +290,8 @@ def build_table(
             table = PromptTable(*tuner.table_shape(config, geometry))
         else:
             table = tuner.make_table(config, geometry, model)
-    table.length, table.stride = config.num_virtual_tokens, config.num_transformer_submodules
+    table.layout = tuner.layout(config)
+    table.length = config.num_virtual_tokens if table.layout is None else max(table.layout.lengths)
     if not is_plain and device.type != "meta":
         with torch.no_grad():
             tuner.start(table, config, holder, model)
@@ -216,43 +309,58 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
         raise NotImplementedError(
             f"Virtual tokens need a model of transformers, with a config and input embeddings; this is a {type(model).__name__}."
         )
-    stack: nn.Module = model.get_decoder()  # type: ignore[operator]
-    layers = prefixes.attention_layers(stack)
-    shape, positions = (0, 0), position_modules(stack)
-    reason = _why_no_prefix(model, stack, layers, positions)
-    if reason is None:
-        shapes = {prefixes.key_value_shape(m) for m, _ in layers}
+    two = bool(getattr(config, "is_encoder_decoder", False))
+    stacks: dict[str, nn.Module] = {MAIN: model.get_decoder()}  # type: ignore[operator]
+    layers = {MAIN: prefixes.attention_layers(stacks[MAIN])}
+    if two:
+        stacks |= {ENCODER: model.get_encoder(), CROSS: stacks[MAIN]}  # type: ignore[operator]
+        layers |= {
+            ENCODER: prefixes.attention_layers(stacks[ENCODER]),
+            CROSS: prefixes.attention_layers(stacks[MAIN], cross=True),
+        }
+    positions = {part: position_modules(stack) for part, stack in stacks.items()}
+    shape, refused = (0, 0), {}
+    for part, found in layers.items():
+        reason = _why_no_prefix(model, stacks[part], found, {} if part == CROSS else positions[part], part)
+        shapes = set() if reason is not None else {prefixes.key_value_shape(m) for m, _ in found}
         if len(shapes) > 1:
             reason = f"its layers have keys of different shapes {sorted(shapes)}, which one table cannot hold"
-        shape = shapes.pop()
-    if reason is not None:
-        if placement == "prefix":
-            raise NotImplementedError(f"A {type(model).__name__} cannot carry a prefix: {reason}.")
-        layers = []
+        elif reason is None and shape != (0, 0) and shapes != {shape}:
+            reason = f"the keys of these layers are of the shape {shapes.pop()}, those of its other layers of {shape}"
+        if reason is not None:
+            refused[part] = reason
+            layers[part] = []
+        elif shape == (0, 0):
+            shape = shapes.pop()
+    if placement == "prefix" and MAIN in refused and len(refused) == len(layers):
+        raise NotImplementedError(f"A {type(model).__name__} cannot carry a prefix: {refused[MAIN]}.")
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     geometry = Geometry(
-        layers=len(layers),
+        layers=len(layers[MAIN]),
         heads=shape[0],
         head_size=shape[1],
         embedding_size=embedding.weight.shape[1],
         queries=getattr(config, "num_attention_heads", None),
-        positions=longest_input(positions),
-        stacks=2 if getattr(config, "is_encoder_decoder", False) else 1,
+        positions=longest_input(positions[MAIN]),
+        stacks=2 if two else 1,
+        is_causal=all(getattr(m, "is_causal", True) for m, _ in layers[MAIN]),
+        others={part: len(found) for part, found in layers.items() if part != MAIN},
+        refused=refused,
     )
-    return geometry, Prompts(model, layers, shape, stack)
+    return geometry, Prompts(model, layers, shape, stacks)
 
 
 def _why_no_prefix(
-    model: nn.Module, stack: nn.Module, layers: list[Any], positions: dict[str, nn.Module]
+    model: nn.Module, stack: nn.Module, layers: Sequence[Any], positions: dict[str, nn.Module], part: str
 ) -> str | None:
     if not layers:
         return (
             "its attention layers do not take their function from transformers' attention interface, so that nothing can be put "
             "in front of their keys. Use a method that adapts layers, or virtual tokens at the input"
         )
-    if not positions and not has_relative_bias(stack) and not hasattr(stack, "build_alibi_tensor"):
+    if part != CROSS and not positions and not has_relative_bias(stack) and not hasattr(stack, "build_alibi_tensor"):
         return "how it counts positions is not known here, so that they cannot be shifted by the prefix"
     return None
 
 
-__all__ = ["Geometry", "PromptTuner", "TokenTuner", "check_length", "check_size", "survey"]
+__all__ = ["Geometry", "PrefixTuner", "PromptTuner", "TokenTuner", "check_length", "check_part", "check_size", "survey"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,10 @@ from . import prefixes
 from .alibi import ThroughCache
 from .errors import doubt
 from .holder import BaseTunerLayer
-from .mixed import MixedPlan, by_rows
+from .mixed import MixedPlan, Names, adapters_of, by_rows
 from .positions import Shift, position_modules
 from .prefixes import NotePast, Pair, Site
-from .prompt_table import PromptTable
+from .prompt_table import ACTIVE, CROSS, MAIN, Layout, PromptTable, Where
 from .sharding import is_dtensor, whole
 
 NAME = "peft_prompts"
@@ -32,9 +32,9 @@ class Prompts(BaseTunerLayer):
 
     Args:
         model: The base model. Its modules are referred to, not registered here.
-        layers: Its attention layers that take prefixes; empty where it has none.
+        layers: Its attention layers that take prefixes, by part of the model.
         shape: Number of key heads and their size.
-        stack: The part of the model that these layers are in.
+        stacks: The parts of the model that run these layers.
     """
 
     adapter_layer_names = ("prompt_encoder",)
@@ -44,43 +44,46 @@ class Prompts(BaseTunerLayer):
     def __init__(
         self,
         model: nn.Module,
-        layers: list[tuple[nn.Module, Callable[..., Any] | None]],
+        layers: Mapping[str, Sequence[tuple[nn.Module, Callable[..., Any] | None]]],
         shape: tuple[int, int],
-        stack: nn.Module,
+        stacks: Mapping[str, nn.Module],
     ) -> None:
         super().__init__()
         self.prompt_encoder = nn.ModuleDict()
         self.placements: dict[str, Placement] = {}
         self.heads, self.head_size = shape
-        owner = next((m for m, _ in layers if getattr(m, "has_relative_attention_bias", False)), None)
-        self.sites = [
-            Site(
-                m,
-                self,
-                i,
-                eager,
-                getattr(m, "config", None),
-                m if getattr(m, "has_relative_attention_bias", False) else owner,
-            )
-            for i, (m, eager) in enumerate(layers)
-        ]
-        self._outside = _Outside(model, stack)
-        self._handles: dict[Placement, list[Any]] = {}
+        self.sites: dict[str, list[Site]] = {}
+        for part, found in layers.items():
+            owner = next((m for m, _ in found if getattr(m, "has_relative_attention_bias", False)), None)
+            self.sites[part] = [
+                Site(
+                    m,
+                    self,
+                    i,
+                    eager,
+                    getattr(m, "config", None),
+                    m if getattr(m, "has_relative_attention_bias", False) else owner,
+                    part,
+                )
+                for i, (m, eager) in enumerate(found)
+            ]
+        self._outside = _Outside(model, stacks)
+        self._handles: dict[str, list[Any]] = {}
         self._forget()
 
     def _forget(self) -> None:
         """Drop what belongs to a running forward pass."""
-        self._pieces: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {}
-        self._held: dict[str, tuple[torch.Tensor, ...]] = {}
-        self._shared_mask: tuple[tuple[Any, ...], Any] | None = None
-        self._recording: dict[int, Pair] | None = None
-        self.captured: dict[str, list[Pair]] = {}
+        self._pieces: dict[tuple[str, str], tuple[Any, tuple[Pair, ...]]] = {}
+        self._held: dict[str, tuple[Pair, ...]] = {}
+        self._shared_masks: dict[tuple[str, int], tuple[tuple[Any, ...], Any]] = {}
+        self._recording: dict[Where, Pair] | None = None
+        self.captured: dict[Names, list[Pair]] = {}
         self.prepended: int | None = None
         self.is_capturing = False
         self.whole = False
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_pieces", "_held", "_shared_mask", "_recording", "captured", "prepended", "is_capturing", "whole")
+        transient = ("_pieces", "_held", "_shared_masks", "_recording", "captured", "prepended", "is_capturing", "whole")
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -104,9 +107,8 @@ class Prompts(BaseTunerLayer):
     def is_decoder(self) -> bool:
         """Whether it is a decoder alone: then virtual tokens see only one another."""
         encoder_decoder = getattr(self._outside.model.config, "is_encoder_decoder", False)
-        return (
-            bool(self.sites) and not encoder_decoder and all(getattr(s.module, "is_causal", True) for s in self.sites)
-        )
+        sites = self.sites[MAIN]
+        return bool(sites) and not encoder_decoder and all(getattr(s.module, "is_causal", True) for s in sites)
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the base model's embeddings; float32 where these are of no plain float type."""
@@ -117,7 +119,8 @@ class Prompts(BaseTunerLayer):
     def install(self, name: str, parts: tuple[Placement, PromptTable], first: BaseTunerLayer | None = None) -> None:
         """Add an adapter; it is frozen until it is activated."""
         placement, table = parts
-        self.attach(placement)
+        for what in (placement,) if table.layout is None else table.layout.parts:
+            self.attach(what)
         self.placements[name] = placement
         table.requires_grad_(False)
         table.train(self.training)
@@ -159,7 +162,7 @@ class Prompts(BaseTunerLayer):
                 "is the parameter. An optimiser that was made before does not know it: make it anew."
             )
         plain = PromptTable(*table().shape).to(weight)
-        plain.length, plain.stride = table.length, table.stride
+        plain.length, plain.layout = table.length, table.layout
         plain.requires_grad_(weight.requires_grad).train(table.training)
         self.prompt_encoder[name] = plain
         return lambda: self.prompt_encoder.update({name: table})
@@ -171,119 +174,147 @@ class Prompts(BaseTunerLayer):
 
     # -- what acts on a forward pass -------------------------------------------------------------------------------
 
-    def _prefix_names(self) -> list[str]:
-        """Active adapters that put keys and values in front, in order, where all rows have the same."""
-        if self._disable_adapters:
-            return []
-        prefix = [n for n in self._active_adapter if self.placements.get(n) == "prefix"]
-        return prefix + [n for n in self._active_adapter if n in self.captured]
+    def _names(self, names: Names) -> Sequence[str]:
+        """The adapters that act on rows."""
+        if names != ACTIVE:
+            return adapters_of(names)
+        return [] if self._disable_adapters else self._active_adapter
 
-    def _gives_prefix(self, name: str) -> bool:
-        return self.placements.get(name) == "prefix" or name in self.captured
+    def _prefixes(self, names: Names) -> list[str]:
+        """Those of them that put keys and values of their own in front, in order."""
+        return [n for n in self._names(names) if self.placements.get(n) == "prefix"]
 
-    def _length(self, name: str) -> int:
-        return self.captured[name][0][0].shape[1] if name in self.captured else self._table(name).length
-
-    def shifts(self) -> bool:
-        """Whether a prefix stands in front of any row."""
-        return self.longest_shift() > 0
-
-    def longest_shift(self) -> int:
-        """Number of prefix tokens in front of the longest row."""
+    def _kinds(self) -> Sequence[Names]:
+        """What acts on rows, each once."""
         plan = self.plan()
-        if plan is None:
-            return sum(self._length(n) for n in self._prefix_names())
-        return max((self._length(n) for n in set(plan.names) if self._gives_prefix(n)), default=0)
+        return (ACTIVE,) if plan is None else plan.kinds
 
-    def shift(self, rows: int, device: torch.device) -> torch.Tensor | int:
+    def _layout(self, name: str) -> Layout:
+        layout = self._table(name).layout
+        assert layout is not None
+        return layout
+
+    def _captured_length(self, names: Names) -> int:
+        return self.captured[names][0][0].shape[1] if names in self.captured else 0
+
+    def _length(self, site: Site, names: Names) -> int:
+        """Number of prefix tokens in front of rows in a layer."""
+        own = sum(self._layout(n).length(site.where) for n in self._prefixes(names))
+        return own + (self._captured_length(names) if site.part == MAIN else 0)
+
+    def _reach(self, stack: str, names: Names) -> int:
+        """By how much positions of rows are shifted in a stack: each adapter counts with its longest prefix there."""
+        own = sum(self._layout(n).reach(stack) for n in self._prefixes(names))
+        return own + (self._captured_length(names) if stack == MAIN else 0)
+
+    def longest_shift(self, stack: str) -> int:
+        """By how much positions of the row with the most prefix tokens are shifted."""
+        return max(self._reach(stack, names) for names in self._kinds())
+
+    def shift(self, stack: str, rows: int, device: torch.device) -> torch.Tensor | int:
         """By how much positions are shifted: a number, or (rows, 1) in a mixed batch."""
+        if self.plan() is None:
+            return self.longest_shift(stack)
+        return self._of_rows(lambda names: self._reach(stack, names), rows, device)
+
+    def _of_rows(self, number: Callable[[Names], int], rows: int, device: torch.device) -> torch.Tensor:
+        """A number for each row of a mixed batch, (rows, 1)."""
+        plan = self.plan()
+        assert plan is not None
+        known = {names: number(names) for names in plan.kinds}
+        each = max(rows // len(plan.names), 1)
+        return torch.tensor([known[n] for n in plan.names for _ in range(each)], device=device)[:, None]
+
+    def longest(self, site: Site) -> int:
+        """Number of prefix tokens in front of the row that has the most in a layer."""
+        return max(self._length(site, names) for names in self._kinds())
+
+    def by_length(self, site: Site, make: Callable[[int], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Something that depends on the length of a row's prefix in a layer, for each row of ``x``; ``make`` gives one row of it."""
         plan = self.plan()
         if plan is None:
-            return self.longest_shift()
-        lengths = [self._length(n) if self._gives_prefix(n) else 0 for n in plan.names]
-        each = max(rows // len(lengths), 1)
-        return torch.tensor([n for n in lengths for _ in range(each)], device=device)[:, None]
+            return make(self.longest(site))
 
-    def by_length(self, make: Callable[[int], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """Something that depends on the length of a row's prefix, for each row of ``x``; ``make`` gives one row of it."""
-        plan = self.plan()
-        if plan is None:
-            return make(self.longest_shift())
-
-        def run(name: str, rows: torch.Tensor | None) -> torch.Tensor:
-            one = make(self._length(name) if self._gives_prefix(name) else 0)
+        def run(names: Names, rows: torch.Tensor | None) -> torch.Tensor:
+            one = make(self._length(site, names))
             return one.expand(x.shape[0] if rows is None else rows.shape[0], *one.shape[1:])
 
         return by_rows(plan, x, "a prefix", run)
 
-    def prefix(self, index: int, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    def prefix(self, site: Site, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
         """Prefix keys and values of a layer for a batch, (batch, heads, length, size), and which of them each row sees.
 
         Args:
-            index: Number of the layer.
+            site: The layer.
             key: The layer's keys, (batch, heads, keys, size).
         """
-        plan = self.plan()
-        if plan is None:
-            names = self._prefix_names()
-            if not names:
-                return None
-            pairs = [self._pair(n, index, key) for n in names]
-            keys, values = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*pairs, strict=True))
-            return keys.expand(key.shape[0], -1, -1, -1), values.expand(key.shape[0], -1, -1, -1), None
-        longest = self.longest_shift()
+        plan, longest = self.plan(), self.longest(site)
         if longest == 0:
             return None
-        # Keys and values side by side, so that rows are gathered once; rows with shorter prefixes end in columns that are hidden.
-        pairs_by_name = {n: self._pair(n, index, key) for n in set(plan.names) if self._gives_prefix(n)}
+        kinds = self._kinds()
+        own = dict.fromkeys(n for names in kinds for n in self._prefixes(names) if site.where in self._layout(n).places)
+        pair_of = {n: self._pair(n, site, key) for n in own}
 
-        def run(name: str, rows: torch.Tensor | None) -> torch.Tensor:
-            both = (
-                torch.stack(pairs_by_name[name])
-                if name in pairs_by_name
-                else key.new_zeros(2, key.shape[1], 0, key.shape[3])
-            )
+        def pairs(names: Names) -> list[Pair]:
+            found = [pair_of[n] for n in self._prefixes(names) if n in pair_of]
+            if site.part == MAIN and names in self.captured:
+                k, v = self.captured[names][site.index]
+                found.append((k.to(key), v.to(key)))
+            return found
+
+        if plan is None:
+            keys, values = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*pairs(ACTIVE), strict=True))
+            return keys.expand(key.shape[0], -1, -1, -1), values.expand(key.shape[0], -1, -1, -1), None
+        # Keys and values side by side, so that rows are gathered once; rows with shorter prefixes end in columns that are hidden.
+        side_by_side = {names: [torch.stack(pair) for pair in pairs(names)] for names in kinds}
+
+        def run(names: Names, rows: torch.Tensor | None) -> torch.Tensor:
+            parts = side_by_side[names] or [key.new_zeros(2, key.shape[1], 0, key.shape[3])]
+            both = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
             both = nn.functional.pad(both, (0, 0, 0, longest - both.shape[2]))
             return both.expand(key.shape[0] if rows is None else rows.shape[0], *both.shape)
 
         keys, values = by_rows(plan, key, "a prefix", run).unbind(1)
-        return keys, values, self.visible(key)
+        return keys, values, self.visible(site, key)
 
-    def visible(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Which prefix columns each row sees, (batch, length), one tensor for all layers of a forward pass; ``None``: all of them."""
+    def visible(self, site: Site, x: torch.Tensor) -> torch.Tensor | None:
+        """Which prefix columns each row sees, (batch, length), one tensor for all layers alike in a forward pass; ``None``: all of them."""
         plan = self.plan()
-        if plan is None or len({self._length(n) if self._gives_prefix(n) else 0 for n in set(plan.names)}) == 1:
+        if plan is None:
             return None
-        longest = self.longest_shift()
-        known = plan.notes.get(x.shape[0])
-        if known is None or known.shape[1] != longest or known.device != x.device:
-            known = torch.arange(longest, device=x.device) < self.shift(x.shape[0], x.device)
-            plan.notes[x.shape[0]] = known
-        return known
+        lengths = tuple(self._length(site, names) for names in plan.kinds)
+        if len(set(lengths)) == 1:
+            return None
+        key = (lengths, x.shape[0], x.device)
+        if key not in plan.notes:
+            columns = torch.arange(max(lengths), device=x.device)
+            plan.notes[key] = columns < self._of_rows(lambda names: self._length(site, names), x.shape[0], x.device)
+        return plan.notes[key]
 
     # -- keys and values -------------------------------------------------------------------------------------------
 
-    def _pair(self, name: str, index: int, like: torch.Tensor) -> Pair:
+    def _pair(self, name: str, site: Site, like: torch.Tensor) -> Pair:
         """Keys and values of an adapter for a layer, each (heads, length, size), in the dtype of the layer's keys."""
-        if name in self.captured:
-            pair = self.captured[name][index]
-        else:
-            pieces = self._whole_table(name, index, like.dtype)
-            place = self._table(name).stride * index % len(self.sites)
-            if pieces is None:
-                width = 2 * self.heads * self.head_size
-                pieces = self._split(self._table(name).columns(place * width, (place + 1) * width))
-                pair = pieces[0], pieces[1]
-            else:
-                pair = pieces[2 * place], pieces[2 * place + 1]
-        return pair[0].to(like), pair[1].to(like)
+        table = self._table(name)
+        place = self._layout(name).places[site.where]
+        pairs = self._whole_table(name, site, like.dtype)
+        key, value = self._as_pair(table.piece(place)) if pairs is None else pairs[place]
+        return key.to(like), value.to(like)
 
-    def _split(self, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The columns of a table hold key and value of the first layer, key and value of the second, …"""
-        return table.view(table.shape[0], -1, self.heads, self.head_size).permute(1, 2, 0, 3).unbind(0)
+    def _as_pair(self, piece: torch.Tensor) -> Pair:
+        """What a place of a table holds, (length, 2 · key size), as keys and values."""
+        key, value = piece.view(piece.shape[0], 2, self.heads, self.head_size).permute(1, 2, 0, 3).unbind(0)
+        return key, value
 
-    def _whole_table(self, name: str, index: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...] | None:
-        """All layers' keys and values, made once by the first layer of a forward pass and dropped by the last.
+    def _split(self, layout: Layout, table: torch.Tensor) -> tuple[Pair, ...]:
+        """Keys and values of each place."""
+        if layout.flat:
+            return tuple(self._as_pair(piece) for piece in layout.split(table))
+        both = table.view(table.shape[0], -1, self.heads, self.head_size).permute(1, 2, 0, 3).unbind(0)
+        return tuple(zip(both[::2], both[1::2], strict=True))
+
+    def _whole_table(self, name: str, site: Site, dtype: torch.dtype) -> tuple[Pair, ...] | None:
+        """All places' keys and values, made once by the first layer of a stack that asks and dropped by the last.
 
         ``None`` inside a checkpointed block: it runs again by itself during the backward pass, and saves the same tensors then
         only if it depends on parameters alone.
@@ -294,30 +325,40 @@ class Prompts(BaseTunerLayer):
             hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             if hooked or torch._C._current_graph_task_id() != -1:
                 return None
-        table = self._table(name)
+        table, layout = self._table(name), self._layout(name)
+        turns = [prefixes.turn(w) for w in layout.places if prefixes.stack_of(w[0]) == site.stack]
         state: tuple[Any, ...] = (torch.is_grad_enabled(), dtype)
         if not torch.compiler.is_compiling():
             state = (*state, *(prefixes.version(p) for p in table.parameters()))
-        if index == 0:
-            self._pieces[name] = state, self._split(table().to(dtype))
-        known = self._pieces.get(name)
+        if site.order == min(turns):
+            self._pieces[name, site.stack] = state, self._split(layout, table().to(dtype))
+        known = self._pieces.get((name, site.stack))
         if known is None or known[0] != state:
             return None
-        if index == len(self.sites) - 1:
-            del self._pieces[name]
+        if site.order == max(turns):
+            del self._pieces[name, site.stack]
         return known[1]
 
-    def shared(self, index: int, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """Something that all layers of a forward pass share, made by the first that asks and dropped by the last."""
+    def shared(self, site: Site, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Something that all layers of a part share in a forward pass, where their prefixes are of one length.
+
+        The first that asks makes it, and the last drops it.
+
+        Args:
+            site: The layer.
+            key: What it depends on, the length of the prefix in third place.
+            make: Makes it.
+        """
         if torch.compiler.is_compiling():
             return make()
-        known = self._shared_mask
+        slot = site.part, key[2]
+        known = self._shared_masks.get(slot)
         if known is None or not all(
             a is b or (not isinstance(a, torch.Tensor) and a == b) for a, b in zip(known[0], key, strict=True)
         ):
-            known = self._shared_mask = key, make()
-        if index == len(self.sites) - 1:
-            self._shared_mask = None
+            known = self._shared_masks[slot] = key, make()
+        if site.index == len(self.sites[site.part]) - 1:
+            self._shared_masks = {s: kept for s, kept in self._shared_masks.items() if s[0] != site.part}
         return known[1]
 
     @contextlib.contextmanager
@@ -325,7 +366,7 @@ class Prompts(BaseTunerLayer):
         """Within this context tables are made once for all calls without gradients, as the steps of generation are."""
         with torch.no_grad():
             tables = {n: self._table(n) for n, where in self.placements.items() if where == "prefix"}
-            made = {n: self._split(t()) for n, t in tables.items() if not t.folded}
+            made = {n: self._split(self._layout(n), t()) for n, t in tables.items() if not t.folded}
         before, self._held = self._held, {**self._held, **made}
         try:
             yield
@@ -334,29 +375,36 @@ class Prompts(BaseTunerLayer):
 
     # -- recording -------------------------------------------------------------------------------------------------
 
-    def note(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def note(self, site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep a layer's keys and values if :meth:`record` asked for them."""
         if self._recording is not None:
-            self._recording[index] = key[0], value[0]
+            self._recording[site.where] = key[0], value[0]
 
-    def record(self, run: Callable[[], Any]) -> list[Pair]:
-        """Keys and values of each layer, each (heads, tokens, size), for the first row of the forward pass that ``run`` does."""
-        passing = "prefix" not in self._handles
-        self.attach("prefix")
+    def record(self, run: Callable[[], Any], parts: Iterable[str] = (MAIN,)) -> dict[Where, Pair]:
+        """Keys and values of layers, each (heads, tokens, size), for the first row of the forward pass that ``run`` does.
+
+        Args:
+            run: Does it.
+            parts: The parts of the model whose layers are asked.
+        """
+        passing = [part for part in parts if part not in self._handles]
+        for part in passing:
+            self.attach(part)
         self._recording = {}
         try:
             run()
-            return [self._recording[i] for i in range(len(self.sites))]
+            return self._recording
         finally:
             self._recording = None
-            if passing:
-                self.detach("prefix")
+            for part in passing:
+                self.detach(part)
 
-    def keys_values_of(self, input_ids: torch.Tensor) -> list[Pair]:
+    def keys_values_of(self, input_ids: torch.Tensor, parts: Iterable[str] = (MAIN,)) -> dict[Where, Pair]:
         """Keys and values that the base model itself gives tokens in each layer.
 
         Args:
             input_ids: The tokens, (1, tokens).
+            parts: The parts of the model whose layers are asked.
         """
         model, before = self._outside.model, self._disable_adapters
         training = [m for m in model.modules() if m.training]
@@ -365,7 +413,7 @@ class Prompts(BaseTunerLayer):
             for module in training:
                 module.training = False  # not eval(), to which a model may have given a meaning of its own
             with torch.no_grad():
-                return self.record(lambda: self._outside.run(input_ids.to(self.device_and_dtype()[0])))
+                return self.record(lambda: self._outside.run(input_ids.to(self.device_and_dtype()[0])), parts)
         finally:
             for module in training:
                 module.training = True
@@ -377,31 +425,28 @@ class Prompts(BaseTunerLayer):
         """Which rows have which adapter, in a mixed batch."""
         return None if self._disable_adapters else self._shared.plan
 
-    def token_names(self) -> list[str]:
-        """Adapters with tokens at the input that act on the batch."""
-        if self._disable_adapters:
-            return []
-        plan = self._shared.plan
-        names = self._active_adapter if plan is None else dict.fromkeys(plan.names)
-        return [n for n in names if self.placements.get(n) == "tokens"]
+    def token_names(self, names: Names) -> list[str]:
+        """Those among the adapters that act on rows that have tokens at the input."""
+        return [n for n in self._names(names) if self.placements.get(n) == "tokens"]
 
-    def tokens(self, name: str) -> torch.Tensor:
-        """Virtual tokens of an adapter, (tokens, size); of all active ones for the empty name, and none for the plain model."""
-        names = self.token_names() if not name else [name] if self.placements.get(name) == "tokens" else []
-        tables = [self._table(n)()[: self._table(n).length] for n in names]
+    def token_kinds(self) -> list[Names]:
+        """What acts on rows, each once, where there are tokens at the input in it."""
+        return [names for names in self._kinds() if self.token_names(names)]
+
+    def tokens(self, names: Names) -> torch.Tensor:
+        """Virtual tokens of rows, (tokens, size)."""
+        tables = [self._table(n)()[: self._table(n).length] for n in self.token_names(names)]
         if not tables:
             return torch.empty(0, self._outside.model.get_input_embeddings().weight.shape[1])
         return tables[0] if len(tables) == 1 else torch.cat(tables)
 
-    def token_count(self, name: str) -> int:
+    def token_count(self, names: Names) -> int:
         """How many there are."""
-        names = self.token_names() if not name else [name]
-        return sum(self._table(n).length for n in names if self.placements.get(n) == "tokens")
+        return sum(self._table(n).length for n in self.token_names(names))
 
     def longest_tokens(self) -> int:
         """How many the row with the most has."""
-        plan = self.plan()
-        return self.token_count("") if plan is None else max(self.token_count(n) for n in plan.names)
+        return max(self.token_count(names) for names in self._kinds())
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The base model's embeddings of tokens."""
@@ -409,8 +454,8 @@ class Prompts(BaseTunerLayer):
 
     # -- places ----------------------------------------------------------------------------------------------------
 
-    def attach(self, what: Placement) -> None:
-        """Take places in the model, if that was not done: in attention layers for prefixes, at its input for tokens."""
+    def attach(self, what: str) -> None:
+        """Take places in the model, if that was not done: in attention layers of a part for prefixes, at its input for ``"tokens"``."""
         if what in self._handles:
             return
         if what == "tokens":
@@ -418,29 +463,32 @@ class Prompts(BaseTunerLayer):
 
             self._handles[what] = hooks(self, self._outside.model)
             if self.is_decoder:
-                self.attach("prefix")  # with a cache they become one
+                self.attach(MAIN)  # with a cache they become a prefix
             return
         handles = self._handles[what] = []
-        for site in self.sites:
+        for site in self.sites[what]:
             if site.eager is None:
                 handles.append(
-                    site.module.register_forward_pre_hook(ThroughCache(site, self._outside.stack), with_kwargs=True)
+                    site.module.register_forward_pre_hook(
+                        ThroughCache(site, self._outside.stacks[what]), with_kwargs=True
+                    )
                 )
                 continue
             prefixes.divert(site)
             if site.bias_owner is not None:
                 handles.append(site.module.register_forward_pre_hook(NotePast(site), with_kwargs=True))
-        for module in position_modules(self._outside.stack).values():
-            handles.append(module.register_forward_pre_hook(Shift(self, module), with_kwargs=True))
+        if what == CROSS:
+            return  # it knows no positions
+        for module in position_modules(self._outside.stacks[what]).values():
+            handles.append(module.register_forward_pre_hook(Shift(self, module, what), with_kwargs=True))
 
-    def detach(self, what: Placement) -> None:
+    def detach(self, what: str) -> None:
         """Undo :meth:`attach`."""
         for handle in self._handles.pop(what, ()):
             handle.remove()
-        if what == "prefix":
-            for site in self.sites:
-                if site.eager is not None:
-                    prefixes.restore(site)
+        for site in self.sites.get(what, ()):
+            if site.eager is not None:
+                prefixes.restore(site)
 
     def enter(self, model: nn.Module, name: str) -> None:
         """Become a part of the model."""
@@ -459,15 +507,15 @@ class Prompts(BaseTunerLayer):
 class _Outside:
     """Modules that are referred to without becoming children."""
 
-    def __init__(self, model: Any, stack: Any) -> None:
-        self.model, self.stack = model, stack
+    def __init__(self, model: Any, stacks: Mapping[str, Any]) -> None:
+        self.model, self.stacks = model, stacks
 
     def run(self, input_ids: torch.Tensor) -> None:
         """Run the stack alone, or, where it needs an encoder's states, the whole model."""
         if getattr(self.model.config, "is_encoder_decoder", False):
             self.model(input_ids=input_ids, decoder_input_ids=input_ids)
         else:
-            self.stack(input_ids=input_ids)
+            self.stacks[MAIN](input_ids=input_ids)
 
 
 __all__ = ["FILE_KEY", "NAME", "Placement", "PromptTable", "Prompts"]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .mixed import MixedPlan, by_rows
+from .mixed import MixedPlan, Names, by_rows
+from .prompt_table import ACTIVE, MAIN
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 WITHIN = "within"
 """Says of a cache that the virtual tokens are in it."""
 _MARK = "_peft_virtual_tokens"
-"""Attribute of a cache, copied with it: :data:`WITHIN`, or the keys and values of virtual tokens that stand before it."""
+"""Attribute of a cache, copied with it: :data:`WITHIN`, or names of adapters and the keys and values of their virtual tokens that
+stand before it."""
 
 
 def hooks(holder: Prompts, model: Any) -> list[Any]:
@@ -77,8 +79,7 @@ class Prepend:
         if holder.is_capturing:
             return None
         holder.captured, holder.prepended = {}, None
-        names = holder.token_names()
-        if not names:
+        if not holder.token_kinds():
             return None
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache = call.get("past_key_values")
@@ -87,10 +88,10 @@ class Prepend:
         if kept == WITHIN:
             self._behind(call)
         elif self.can_cache and self._wants_prefix(module, call, cache, filled):
-            wanted = names if holder.plan() is not None else names[:1]
-            holder.captured = kept if kept and set(kept) == set(wanted) else capture(holder, module)
+            stamp = _stamp(holder)
+            holder.captured = kept[1] if kept and kept[0] == stamp else capture(holder, module)
             if cache is not None:
-                setattr(cache, _MARK, holder.captured)
+                setattr(cache, _MARK, (stamp, holder.captured))
         elif filled:
             raise ValueError(
                 f"A {type(module).__name__} cannot go on from a cache that does not hold the virtual tokens. Pass use_cache=False."
@@ -117,7 +118,7 @@ class Prepend:
         cache = output.get("past_key_values") if hasattr(output, "get") else None
         if cache is not None and not hasattr(cache, _MARK):
             if holder.captured:
-                setattr(cache, _MARK, holder.captured)
+                setattr(cache, _MARK, (_stamp(holder), holder.captured))
             elif holder.prepended is not None:
                 setattr(cache, _MARK, WITHIN)
         length, holder.captured, holder.prepended = holder.prepended, {}, None
@@ -133,8 +134,8 @@ class Prepend:
     def _strip(self, x: torch.Tensor, length: int) -> torch.Tensor:
         """The positions of the real tokens, of which there are ``length``."""
 
-        def run(name: str, rows: torch.Tensor | None) -> torch.Tensor:
-            start = self.holder.token_count(name)
+        def run(names: Names, rows: torch.Tensor | None) -> torch.Tensor:
+            start = self.holder.token_count(names)
             return (x if rows is None else x.index_select(0, rows))[:, start : start + length]
 
         plan = self.holder.plan()
@@ -156,8 +157,8 @@ class Prepend:
         if call.get("position_ids") is not None:
             positions = call["position_ids"].expand(embeds.shape[0], -1)
 
-            def moved(name: str) -> torch.Tensor:
-                return torch.arange(holder.token_count(name), device=positions.device)
+            def moved(names: Names) -> torch.Tensor:
+                return torch.arange(holder.token_count(names), device=positions.device)
 
             call["position_ids"] = self._join(positions, moved, lambda n, rest: rest + holder.token_count(n))
         if call.get("cache_position") is not None:
@@ -166,8 +167,8 @@ class Prepend:
     def _join(
         self,
         rest: torch.Tensor,
-        front: Callable[[str], torch.Tensor],
-        change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+        front: Callable[[Names], torch.Tensor],
+        change: Callable[[Names, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         return join(self.holder, rest, front, change)
 
@@ -178,36 +179,36 @@ class Prepend:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             call["attention_mask"] = join(holder, mask, lambda n: mask.new_ones(holder.token_count(n)))
         if call.get("position_ids") is not None:
-            call["position_ids"] = call["position_ids"] + holder.token_count("")
+            call["position_ids"] = call["position_ids"] + holder.token_count(ACTIVE)
 
 
 def join(
     holder: Prompts,
     rest: torch.Tensor,
-    front: Callable[[str], torch.Tensor],
-    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    front: Callable[[Names], torch.Tensor],
+    change: Callable[[Names, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Put something in front of each row along its second dimension; rows with shorter fronts are filled up with zeros at their ends.
 
     Args:
         holder: What holds the virtual tokens.
         rest: (batch, length, …).
-        front: Gives what stands in front of rows of an adapter, (virtual tokens, …); the empty name means the active ones.
+        front: Gives what stands in front of rows that these adapters act on, (virtual tokens, …).
         change: Changes the rest of these rows.
     """
     plan = holder.plan()
     longest = holder.longest_tokens()
 
-    def run(name: str, rows: torch.Tensor | None) -> torch.Tensor:
+    def run(names: Names, rows: torch.Tensor | None) -> torch.Tensor:
         part = rest if rows is None else rest.index_select(0, rows)
-        first = front(name)
-        part = part if change is None else change(name, part)
+        first = front(names)
+        part = part if change is None else change(names, part)
         pieces = [first.expand(part.shape[0], *first.shape), part]
         if first.shape[0] < longest:
             pieces.append(part.new_zeros(part.shape[0], longest - first.shape[0], *part.shape[2:]))
         return torch.cat(pieces, dim=1)
 
-    return run("", None) if plan is None else by_rows(plan, rest, "virtual tokens", run)
+    return run(ACTIVE, None) if plan is None else by_rows(plan, rest, "virtual tokens", run)
 
 
 def _widen(holder: Prompts, call: dict[str, Any], name: str, embeds: torch.Tensor) -> None:
@@ -215,7 +216,7 @@ def _widen(holder: Prompts, call: dict[str, Any], name: str, embeds: torch.Tenso
     mask = call.get(name)
     if mask is None:
         plan = holder.plan()
-        if plan is None or len({holder.token_count(n) for n in plan.names}) == 1:
+        if plan is None or len({holder.token_count(n) for n in plan.kinds}) == 1:
             return
         mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
@@ -234,7 +235,7 @@ class _WidenMask:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         states = kwargs.get("encoder_hidden_states")
-        if states is None or not self.holder.token_names():
+        if states is None or not self.holder.token_kinds():
             return None
         length = states.shape[1] - self.holder.longest_tokens()
         call = dict(kwargs)
@@ -244,23 +245,27 @@ class _WidenMask:
         return args, call
 
 
-def capture(holder: Prompts, stack: nn.Module) -> dict[str, Any]:
+def _stamp(holder: Prompts) -> list[tuple[Names, list[str]]]:
+    """Whose virtual tokens stand in front of a batch."""
+    return [(names, holder.token_names(names)) for names in holder.token_kinds()]
+
+
+def capture(holder: Prompts, stack: nn.Module) -> dict[Names, Any]:
     """Run virtual tokens alone through a decoder.
 
     Returns:
-        Keys and values of each layer by adapter; where several adapters are active together, all under the name of the first.
+        Keys and values of each layer by what acts on rows.
     """
     shared, plan = holder._shared, holder.plan()
-    names = holder.token_names()
-    found: dict[str, Any] = {}
+    found: dict[Names, Any] = {}
     holder.is_capturing = True
     try:
-        for name in names if plan is not None else names[:1]:
+        for names in holder.token_kinds():
             if plan is not None:
-                shared.plan = MixedPlan([name])
-            tokens = holder.tokens(name if plan is not None else "")
-            embeds = tokens.to(holder.device_and_dtype()[1])[None]
-            found[name] = holder.record(functools.partial(stack, inputs_embeds=embeds, use_cache=False))
+                shared.plan = MixedPlan([names])
+            embeds = holder.tokens(names).to(holder.device_and_dtype()[1])[None]
+            pairs = holder.record(functools.partial(stack, inputs_embeds=embeds, use_cache=False))
+            found[names] = [pairs[MAIN, i] for i in range(len(pairs))]
     finally:
         holder.is_capturing = False
         shared.plan = shared.plan if plan is None else plan
@@ -276,10 +281,10 @@ def whole_outputs(holder: Prompts, kwargs: dict[str, Any], labels: tuple[str, ..
         kwargs: Arguments of the model.
         labels: Names of those among them that have a label for each position.
     """
-    if holder.plan() is not None or not holder.token_names():
+    if holder.plan() is not None or not holder.token_kinds():
         yield kwargs
         return
-    count = holder.token_count("")
+    count = holder.token_count(ACTIVE)
     changed = dict(kwargs)
     for name in labels:
         if changed.get(name) is not None:

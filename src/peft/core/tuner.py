@@ -153,6 +153,25 @@ class BaseTuner(nn.Module):
             )
         return tensors, config
 
+    @classmethod
+    def in_form(cls, method: Any, tensors: dict[str, torch.Tensor], config: Any) -> tuple[dict[str, torch.Tensor], Any]:
+        """An adapter's tensors and configuration as those of another method that gives the same outputs.
+
+        Args:
+            method: The other method, as the registry knows it.
+            tensors: The adapter's tensors by file key.
+            config: Its configuration, filled.
+
+        Raises:
+            ValueError: There is no such adapter of the other method.
+        """
+        if method.tuner_cls is cls:
+            return tensors, config
+        raise ValueError(
+            f"An adapter of type {getattr(config.peft_type, 'value', config.peft_type)} cannot be written as one of type "
+            f"{method.peft_type}: what it computes has no form in that method."
+        )
+
     # -- adapters --------------------------------------------------------------------------------------------------
 
     def inject_adapter(

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..config import PeftType, PromptLearningConfig
-from ..core.prompt_tuner import Geometry, PromptTuner, check_size
-from ..core.prompts import Prompts, PromptTable
-from ..core.tokens import real_tokens
+from ..core.prompt_table import MAIN, Layout, PrefixNetwork, PromptTable, Where
+from ..core.prompt_tuner import Geometry, PrefixTuner, check_part, check_size
+from ..core.prompts import Prompts
 
 
 @dataclass
@@ -47,7 +47,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ValueError(f"`init_weights` should be 'zero' or None, got {self.init_weights!r}.")
 
 
-class PrefixEncoder(PromptTable):
+class PrefixEncoder(PrefixNetwork):
     """What makes a prefix from smaller parameters: P = S + W₂ tanh(W₁ E + b₁) + b₂ (section 4.3, with a fixed start S).
 
     Args:
@@ -55,40 +55,18 @@ class PrefixEncoder(PromptTable):
             hidden layer ``encoder_hidden_size``.
     """
 
-    folded = False
-
     def __init__(self, config: Any) -> None:
-        super().__init__(config.num_virtual_tokens, config.token_dim)
-        hidden, columns = config.encoder_hidden_size, config.num_layers * 2 * config.token_dim
-        self.transform = nn.Sequential(nn.Linear(config.token_dim, hidden), nn.Tanh(), nn.Linear(hidden, columns))
-        self.start: torch.Tensor | None
         has_start = config.prefix_init == "tokens" and config.init_weights is None
-        self.register_buffer("start", torch.zeros(config.num_virtual_tokens, columns) if has_start else None)
-
-    def forward(self) -> torch.Tensor:
-        table = self.transform(self.embedding.weight)
-        return table if self.start is None else self.start + table
-
-    def expect(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        if "start" not in tensors:
-            self.start = None
-        elif self.start is None:
-            self.start = torch.zeros_like(tensors["start"], device=self.embedding.weight.device)
-
-    def columns(self, start: int, stop: int) -> torch.Tensor:
-        last: Any = self.transform[2]
-        hidden = self.transform[1](self.transform[0](self.embedding.weight))
-        part = nn.functional.linear(hidden, last.weight[start:stop], last.bias[start:stop])
-        return part if self.start is None else self.start[:, start:stop] + part
+        size, hidden = config.token_dim, config.encoder_hidden_size
+        super().__init__(config.num_virtual_tokens, size, hidden, config.num_layers, 2 * size, has_start)
 
 
-class PrefixTuningModel(PromptTuner):
+class PrefixTuningModel(PrefixTuner):
     """A base model with prefixes; see :class:`~peft.core.prompt_tuner.PromptTuner`."""
-
-    placement = "prefix"
 
     @classmethod
     def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
+        check_part(geometry, MAIN)
         check_size(config, "token_dim", geometry.key_size, "the size of a token's keys")
         check_size(config, "num_layers", geometry.layers, "the number of attention layers")
         check_size(config, "num_attention_heads", geometry.heads, "the number of key heads")
@@ -107,6 +85,12 @@ class PrefixTuningModel(PromptTuner):
         return config.num_virtual_tokens, geometry.layers * 2 * geometry.key_size
 
     @classmethod
+    def layout(cls, config: Any) -> Layout:
+        layers, stride = config.num_layers, config.num_transformer_submodules
+        places = {(MAIN, i): stride * i % layers for i in range(layers)}
+        return Layout(places, (config.num_virtual_tokens,) * layers)
+
+    @classmethod
     def make_table(cls, config: Any, geometry: Geometry, model: Any) -> PromptTable:
         if config.prefix_projection:
             return PrefixEncoder(config)
@@ -114,20 +98,37 @@ class PrefixTuningModel(PromptTuner):
 
     @classmethod
     def start(cls, table: PromptTable, config: Any, holder: Prompts, model: nn.Module) -> None:
-        if config.init_weights is None and config.prefix_init == "peer":
-            return
-        if isinstance(table, PrefixEncoder):
-            last: Any = table.transform[2]
-            last.weight.zero_()
-            last.bias.zero_()
-        else:
-            table.embedding.weight.zero_()
-        if config.init_weights is None:
-            # The base model's own keys and values: a prefix that every layer already knows how to read.
-            pairs = holder.keys_values_of(real_tokens(model, config.num_virtual_tokens))
-            places = list(pairs)
-            for index, pair in enumerate(pairs):
-                places[table.stride * index % len(pairs)] = pair
-            values = torch.stack([t for pair in places for t in pair])  # (layers · 2, heads, tokens, size)
-            flat = values.permute(2, 0, 1, 3).flatten(1).float()
-            (table.embedding.weight if table.folded else table.start).copy_(flat)
+        if config.init_weights is not None:
+            assert table.layout is not None
+            table.begin([torch.zeros(n, 2 * config.token_dim) for n in table.layout.lengths])
+        elif config.prefix_init == "tokens":
+            super().start(table, config, holder, model)
+
+    @classmethod
+    def pack(cls, pieces: Mapping[Where, torch.Tensor], values: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        layers, stride = values["num_layers"], values["num_transformer_submodules"]
+        elsewhere = sorted({part for part, _ in pieces if part != MAIN})
+        missing = [i for i in range(layers) if (MAIN, i) not in pieces]
+        lengths = {len(piece) for piece in pieces.values()}
+        reason = None
+        if elsewhere:
+            reason = f"it has virtual tokens in other places ({', '.join(elsewhere)}) than the self-attention of one stack"
+        elif missing:
+            reason = f"layers {missing} have no virtual tokens, and prefix tuning puts some in front of every layer"
+        elif len(lengths) > 1:
+            reason = f"layers have different numbers of virtual tokens ({sorted(lengths)}), and prefix tuning has one for all"
+        places: dict[int, torch.Tensor] = {}
+        for i in range(layers if reason is None else 0):
+            piece, place = pieces[MAIN, i], stride * i % layers
+            if place in places and not torch.equal(places[place], piece):
+                twin = next(j for j in range(i) if stride * j % layers == place)
+                reason = (
+                    f"files of prefix tuning let layers {twin} and {i} of an encoder-decoder with {layers} layers share their prefix, "
+                    "and here they have different ones"
+                )
+            places[place] = piece
+        if reason is not None:
+            raise ValueError(f"The adapter cannot be written as prefix tuning: {reason}. Keep it as it is.")
+        count = lengths.pop()
+        empty = torch.zeros_like(pieces[MAIN, 0])  # places that no layer reads
+        return {**values, "num_virtual_tokens": count}, torch.cat([places.get(i, empty) for i in range(layers)], 1)
