@@ -20,6 +20,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    PTuningV2Config,
     TrainableTokensConfig,
     get_peft_model,
     get_peft_model_state_dict,
@@ -181,6 +182,10 @@ SETTINGS = (
     _prompts("prefix-projection", PrefixTuningConfig, bases=(tiny.BERT, tiny.LLAMA, tiny.T5), prefix_projection=True),
     _prompts("prompt", PromptTuningConfig),
     _prompts("p-tuning", PromptEncoderConfig, bases=(tiny.BERT, tiny.LLAMA, tiny.T5), encoder_hidden_size=7),
+    _prompts("p-tuning-v2", PTuningV2Config, num_virtual_tokens=[5, 2]),
+    _prompts(
+        "p-tuning-v2-mlp", PTuningV2Config, bases=(tiny.LLAMA, tiny.T5), num_virtual_tokens=[3, 5], reparameterization="mlp"
+    ),
 )
 
 CASES = [(setting, base) for setting in SETTINGS for base in setting.bases]

@@ -31,6 +31,7 @@ _PLACES = {
     "tuners.lokr": ("LoKrConfig", "LoKrModel"),
     "tuners.lora": ("LoraConfig", "LoraModel", "LoraRuntimeConfig"),
     "tuners.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "tuners.p_tuning_v2": ("PTuningV2Config",),
     "tuners.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "tuners.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "tuners.trainable_tokens": ("TrainableTokensConfig", "TrainableTokensModel"),
@@ -119,6 +120,7 @@ if TYPE_CHECKING:
     from .tuners.p_tuning import PromptEncoder as PromptEncoder
     from .tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from .tuners.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from .tuners.p_tuning_v2 import PTuningV2Config as PTuningV2Config
     from .tuners.prefix_tuning import PrefixEncoder as PrefixEncoder
     from .tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from .tuners.prompt_tuning import PromptEmbedding as PromptEmbedding

@@ -70,6 +70,7 @@ class PeftType(str, enum.Enum):
     SUPERTUNING = "SUPERTUNING"
     DEFT = "DEFT"
     BOTTLENECK = "BOTTLENECK"  # not among the peer's
+    P_TUNING_V2 = "P_TUNING_V2"  # likewise
 
     @classmethod
     def _missing_(cls, value: object) -> PeftType | None:

@@ -50,6 +50,7 @@ _METHODS: dict[str, Method] = {
         Method("PREFIX_TUNING", "peft.tuners.prefix_tuning", "PrefixTuningConfig", "PrefixTuningModel"),
         Method("PROMPT_TUNING", "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptTuningModel"),
         Method("P_TUNING", "peft.tuners.p_tuning", "PromptEncoderConfig", "PromptEncoderModel"),
+        Method("P_TUNING_V2", "peft.tuners.p_tuning_v2", "PTuningV2Config", "PTuningV2Model"),
     )
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .prompt_table import CROSS, ENCODER, MAIN, Where
+from .prompt_table import MAIN, Where, stack_of, turn
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -64,7 +64,7 @@ class Site:
 
     @property
     def stack(self) -> str:
-        """The part whose layers run one after the other with it: a decoder's two kinds of attention are of one stack."""
+        """The stack that runs it."""
         return stack_of(self.part)
 
     @property
@@ -85,17 +85,6 @@ class Site:
                 f"Prefixes do not work with the attention implementation {name!r}. Use 'sdpa', 'eager' or flash attention."
             )
         return ALL_ATTENTION_FUNCTIONS[name]
-
-
-def stack_of(part: str) -> str:
-    """The stack that runs the layers of a part."""
-    return ENCODER if part == ENCODER else MAIN
-
-
-def turn(where: Where) -> int:
-    """When a layer runs in its stack: cross-attention after the self-attention of the same number."""
-    part, index = where
-    return 2 * index + (part == CROSS)
 
 
 def attention_layers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,6 +15,17 @@ MAIN, ENCODER, CROSS = "main", "encoder", "cross"
 
 ACTIVE = ""
 """Stands for the active adapters, where all rows have the same."""
+
+
+def stack_of(part: str) -> str:
+    """The part that stands for the stack that runs the layers of a part: a decoder's two kinds of attention are of one stack."""
+    return ENCODER if part == ENCODER else MAIN
+
+
+def turn(where: Where) -> int:
+    """When a layer runs in its stack: cross-attention after the self-attention of the same number."""
+    part, index = where
+    return 2 * index + (part == CROSS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,20 +42,26 @@ class Layout:
     places: Mapping[Where, int]
     lengths: tuple[int, ...]
     flat: bool = False
+    reach: Mapping[str, int] = field(init=False)
+    """For each part that has prefixes the number of virtual tokens in front of the layer that has the most."""
+    turns: Mapping[str, tuple[int, int]] = field(init=False)
+    """For each stack that has prefixes the turns of the first and last layer that do."""
 
     def length(self, where: Where) -> int:
         """Number of virtual tokens in front of a layer."""
         place = self.places.get(where)
         return 0 if place is None else self.lengths[place]
 
-    def reach(self, part: str) -> int:
-        """Number of virtual tokens in front of the layer of a part that has the most."""
-        return max((self.lengths[p] for (of, _), p in self.places.items() if of == part), default=0)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Parts of the model that have prefixes."""
-        return tuple(dict.fromkeys(part for part, _ in self.places))
+    def __post_init__(self) -> None:
+        reach: dict[str, int] = {}
+        turns: dict[str, tuple[int, int]] = {}
+        for where, place in self.places.items():
+            part, now = where[0], turn(where)
+            reach[part] = max(reach.get(part, 0), self.lengths[place])
+            first, last = turns.get(stack_of(part), (now, now))
+            turns[stack_of(part)] = min(first, now), max(last, now)
+        object.__setattr__(self, "reach", reach)
+        object.__setattr__(self, "turns", turns)
 
     def split(self, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What each place holds, (length, 2 · key size)."""

@@ -216,7 +216,7 @@ class PrefixTuner(PromptTuner):
         """Start from the base model's own keys and values: a prefix that every layer already knows how to read."""
         layout = table.layout
         assert layout is not None
-        pairs = holder.keys_values_of(real_tokens(model, max(layout.lengths)), layout.parts)
+        pairs = holder.keys_values_of(real_tokens(model, max(layout.lengths)), layout.reach)
         size = holder.heads * holder.head_size
         pieces = [torch.zeros(n, 2 * size) for n in layout.lengths]
         for where, place in layout.places.items():

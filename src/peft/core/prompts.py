@@ -119,7 +119,7 @@ class Prompts(BaseTunerLayer):
     def install(self, name: str, parts: tuple[Placement, PromptTable], first: BaseTunerLayer | None = None) -> None:
         """Add an adapter; it is frozen until it is activated."""
         placement, table = parts
-        for what in (placement,) if table.layout is None else table.layout.parts:
+        for what in (placement,) if table.layout is None else table.layout.reach:
             self.attach(what)
         self.placements[name] = placement
         table.requires_grad_(False)
@@ -204,7 +204,7 @@ class Prompts(BaseTunerLayer):
 
     def _reach(self, stack: str, names: Names) -> int:
         """By how much positions of rows are shifted in a stack: each adapter counts with its longest prefix there."""
-        own = sum(self._layout(n).reach(stack) for n in self._prefixes(names))
+        own = sum(self._layout(n).reach.get(stack, 0) for n in self._prefixes(names))
         return own + (self._captured_length(names) if stack == MAIN else 0)
 
     def longest_shift(self, stack: str) -> int:
@@ -326,16 +326,16 @@ class Prompts(BaseTunerLayer):
             if hooked or torch._C._current_graph_task_id() != -1:
                 return None
         table, layout = self._table(name), self._layout(name)
-        turns = [prefixes.turn(w) for w in layout.places if prefixes.stack_of(w[0]) == site.stack]
+        first, last = layout.turns[site.stack]
         state: tuple[Any, ...] = (torch.is_grad_enabled(), dtype)
         if not torch.compiler.is_compiling():
             state = (*state, *(prefixes.version(p) for p in table.parameters()))
-        if site.order == min(turns):
+        if site.order == first:
             self._pieces[name, site.stack] = state, self._split(layout, table().to(dtype))
         known = self._pieces.get((name, site.stack))
         if known is None or known[0] != state:
             return None
-        if site.order == max(turns):
+        if site.order == last:
             del self._pieces[name, site.stack]
         return known[1]
 
