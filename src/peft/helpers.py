@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Iterator
@@ -12,9 +13,13 @@ from typing import Any
 from torch import nn
 
 from .config import PeftConfig
-from .core.holder import adapted_modules
+from .core.checkpoints import get_peft_model_state_dict, set_peft_model_state_dict
+from .core.holder import adapted_modules, require_adapters
 from .core.layer import AdapterLayer
+from .core.undo import undone_on_failure
 from .kernels.recompute import recompute_inputs as recompute_inputs
+from .model import PeftModel
+from .registry import in_form
 
 
 def update_forward_signature(model: nn.Module) -> None:
@@ -66,6 +71,28 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
     except Exception:
         return False
     return True
+
+
+def convert_adapter(model: PeftModel, adapter_name: str, peft_type: str, new_name: str) -> None:
+    """Add an adapter of another method that gives the same outputs as one that is there; it is inactive and frozen.
+
+    P-tuning v2 and prefix tuning become each other where they coincide.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter that is there. It stays as it is.
+        peft_type: The other method, for example ``"PREFIX_TUNING"``.
+        new_name: Name of the new adapter.
+
+    Raises:
+        ValueError: Unknown or taken names, or the other method has no such adapter. The model is as it was.
+    """
+    require_adapters(model, adapter_name, model.peft_config)
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors, config = in_form(peft_type, tensors, copy.copy(model.peft_config[adapter_name]))
+    with undone_on_failure(model.get_base_model()):
+        model.add_adapter(new_name, config)
+        set_peft_model_state_dict(model, tensors, adapter_name=new_name)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ from .core.prompts import NAME as PROMPTS
 from .core.prompts import Prompts
 from .core.soft_prompts import whole_outputs
 from .core.undo import undone_on_failure
-from .registry import get_method
+from .registry import get_method, in_form
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -315,6 +315,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         save_embedding_layers: bool | Literal["auto"] = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
+        as_prefix_tuning: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write adapters: ``default`` into the folder itself, any other into a folder of its own inside it.
@@ -327,10 +328,12 @@ class PeftModel(PushToHubMixin, nn.Module):
             is_main_process: Write nothing where this is false, as on the other processes of a distributed run.
             path_initial_model_for_weight_conversion: Folder of the adapter as it was at its start. Adapters whose start was read
                 off the base weights (LoRA's ``"pissa"``, ``"olora"``) are written as plain ones of twice the rank.
+            as_prefix_tuning: Write adapters of P-tuning v2 as prefix tuning, which other libraries read too, where they compute the
+                same. What makes the table while it trains is left out.
             **kwargs: ``state_dict``: take the tensors from here. Others are accepted for compatibility.
 
         Raises:
-            ValueError: Unknown adapter, or ``save_directory`` is a file.
+            ValueError: Unknown adapter, ``save_directory`` is a file, or an adapter has no form as prefix tuning.
             OSError: It cannot be written.
         """
         if os.path.isfile(save_directory):
@@ -354,8 +357,11 @@ class PeftModel(PushToHubMixin, nn.Module):
                 self, state_dict, name, save_embedding_layers=save_embedding_layers
             )
             config = copy.copy(self.peft_config[name])
-            contents[name] = self.tuner.for_file(name, tensors, config, path_initial_model_for_weight_conversion)
-        resume = {name: checkpoints.training_tensors(self, name, state_dict) for name in names}
+            tensors, config = self.tuner.for_file(name, tensors, config, path_initial_model_for_weight_conversion)
+            if as_prefix_tuning:
+                tensors, config = in_form("PREFIX_TUNING", tensors, config)
+            contents[name] = tensors, config
+        resume = {n: {} if as_prefix_tuning else checkpoints.training_tensors(self, n, state_dict) for n in names}
         if not is_main_process:
             return
         files: dict[str, Any] = {}

@@ -147,5 +147,19 @@ def get_method(peft_type: Any) -> Method:
     )
 
 
+def in_form(peft_type: Any, tensors: dict[str, Any], config: Any) -> tuple[dict[str, Any], Any]:
+    """An adapter's tensors and configuration as those of another method that gives the same outputs.
+
+    Args:
+        peft_type: The other method.
+        tensors: The adapter's tensors by file key, as :func:`~peft.get_peft_model_state_dict` gives them.
+        config: Its configuration, as it stands in a model's ``peft_config``.
+
+    Raises:
+        ValueError: There is no such adapter of the other method; the message says why.
+    """
+    return get_method(config.peft_type).tuner_cls.in_form(get_method(peft_type), tensors, config)
+
+
 def _name(peft_type: Any) -> str:
     return str(getattr(peft_type, "value", peft_type)).upper()

@@ -52,10 +52,10 @@ class Shift:
 
     def __init__(self, holder: Prompts, module: nn.Module, stack: str) -> None:
         self.holder, self.stack = holder, stack
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
         plain = type(module) is nn.Embedding
-        self.place = 0 if plain else names.index("position_ids")
-        self.name = names[self.place]
+        self.place = 0 if plain else self.names.index("position_ids")
+        self.name = self.names[self.place]
         self.rows = None if plain or self.place == 0 else 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -63,6 +63,8 @@ class Shift:
             return None
         by_place = len(args) > self.place
         positions = args[self.place] if by_place else kwargs.get(self.name)
+        if positions is None:
+            positions = self._counted(module, {**dict(zip(self.names, args, strict=False)), **kwargs})
         if positions is None:
             raise ValueError(
                 f"A {type(module).__name__} was called without position numbers, so that a prefix cannot shift them."
@@ -77,6 +79,19 @@ class Shift:
         if by_place:
             return (*args[: self.place], shifted, *args[self.place + 1 :]), kwargs
         return args, {**kwargs, self.name: shifted}
+
+    def _counted(self, module: Any, call: dict[str, Any]) -> torch.Tensor | None:
+        """The positions that a table counts itself, from the shape of the input and the length of the cache."""
+        given, past = call.get(self.names[0]), call.get("past_key_values_length", 0)
+        shape = given if isinstance(given, torch.Size) else getattr(given, "shape", ())
+        if not isinstance(module, nn.Embedding) or len(shape) < 2:
+            return None
+        return torch.arange(past, past + shape[1], device=module.weight.device)
+
+    def as_rows(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Take the dimension out again that some tables put in front of positions, where these differ from row to row."""
+        is_wide = isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[0] == 1
+        return output[0] if is_wide and self.holder.plan() is not None else None
 
     @staticmethod
     def _check(module: nn.Embedding, positions: torch.Tensor, shift: int) -> None:

@@ -480,7 +480,10 @@ class Prompts(BaseTunerLayer):
         if what == CROSS:
             return  # it knows no positions
         for module in position_modules(self._outside.stacks[what]).values():
-            handles.append(module.register_forward_pre_hook(Shift(self, module, what), with_kwargs=True))
+            shift = Shift(self, module, what)
+            handles.append(module.register_forward_pre_hook(shift, with_kwargs=True))
+            if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
+                handles.append(module.register_forward_hook(shift.as_rows))
 
     def detach(self, what: str) -> None:
         """Undo :meth:`attach`."""

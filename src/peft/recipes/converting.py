@@ -16,7 +16,7 @@ from ..core.holder import adapted_modules
 from ..core.layer import AdapterLayer
 from ..mapping import get_peft_model
 from ..model import PeftModel
-from ..registry import get_method
+from ..registry import get_method, in_form
 from . import models
 from .errors import RecipeError
 from .recipe import ModelSection
@@ -24,6 +24,8 @@ from .runs import TASK_FILE, load_run, read_task
 from .shipping import disagreement, must_be_empty, outputs
 
 FORMS = ("lora", "peft")
+PREFIXES = {"prefix-tuning": "PREFIX_TUNING", "p-tuning-v2": "P_TUNING_V2"}
+"""Methods whose adapters become each other where they coincide, as recipes write them."""
 Matrices = dict[str, torch.Tensor]
 """Changes of linear layers by name, shape (out, in)."""
 
@@ -36,7 +38,7 @@ def convert(source: Path, target: Path, to: str = "lora", rank: int = 16, base: 
             ``.safetensors`` file of LyCORIS.
         target: For the new adapter.
         to: ``"lora"``: the best update of a rank (truncated singular values) in place of each layer's change; ``"peft"``: the same
-            method, in this library's files.
+            method, in this library's files; ``"prefix-tuning"`` and ``"p-tuning-v2"``: the one as the other.
         rank: Of the LoRA update.
         base: The base model, where the source does not name it.
 
@@ -46,14 +48,16 @@ def convert(source: Path, target: Path, to: str = "lora", rank: int = 16, base: 
     Raises:
         RecipeError: The source cannot be read or has no such form.
     """
-    if to not in FORMS:
-        raise RecipeError(f"An adapter can be written as {' or '.join(FORMS)}, not as {to!r}.")
+    if to not in (*FORMS, *PREFIXES):
+        raise RecipeError(f"An adapter can be written as {', '.join((*FORMS, *PREFIXES))}, not as {to!r}.")
     must_be_empty(target)
     model, probe, tokenizer = open_adapter(source, base)
     before = probe(model)
-    if to == "peft":
+    if to != "lora":
         if not isinstance(model, PeftModel):
             raise RecipeError(f"{source} holds a whole model and no adapter; it can be written as lora.")
+        if to in PREFIXES:
+            model = _in_form(model, PREFIXES[to])
         model.save_pretrained(target)
         names = {k: str(getattr(v.peft_type, "value", v.peft_type)) for k, v in model.peft_config.items()}
         difference = disagreement(before, probe(PeftModel.from_pretrained(model.unload(), target).eval()))
@@ -128,6 +132,22 @@ def _hidden(model: Any) -> torch.Tensor:
     ids = torch.arange(3, 15).reshape(2, 6) % size
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     return model(input_ids=ids, **more)[0].float()
+
+
+def _in_form(model: PeftModel, peft_type: str) -> PeftModel:
+    """The model with its adapter as one of another method.
+
+    Raises:
+        RecipeError: The other method has no such adapter.
+    """
+    try:
+        tensors, config = in_form(peft_type, get_peft_model_state_dict(model), model.peft_config["default"])
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    tensors = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    written = get_peft_model(model.unload(), config)
+    set_peft_model_state_dict(written, tensors)
+    return written.eval()
 
 
 # -- as LoRA -----------------------------------------------------------------------------------------------------------
