@@ -184,7 +184,11 @@ SETTINGS = (
     _prompts("p-tuning", PromptEncoderConfig, bases=(tiny.BERT, tiny.LLAMA, tiny.T5), encoder_hidden_size=7),
     _prompts("p-tuning-v2", PTuningV2Config, num_virtual_tokens=[5, 2]),
     _prompts(
-        "p-tuning-v2-mlp", PTuningV2Config, bases=(tiny.LLAMA, tiny.T5), num_virtual_tokens=[3, 5], reparameterization="mlp"
+        "p-tuning-v2-mlp",
+        PTuningV2Config,
+        bases=(tiny.LLAMA, tiny.T5),
+        num_virtual_tokens=[3, 5],
+        reparameterization="mlp",
     ),
 )
 

@@ -26,6 +26,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    PTuningV2Config,
     get_peft_model,
     inject_adapter_in_model,
 )
@@ -44,8 +45,11 @@ METHODS = {
         encoder_hidden_size=7, encoder_reparameterization_type="LSTM", **kw
     ),
     "projection": lambda **kw: PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=7, **kw),
+    "p-tuning-v2": lambda **kw: PTuningV2Config(reparameterization="embedding", **kw),
+    "p-tuning-v2-mlp": lambda **kw: PTuningV2Config(reparameterization="mlp", encoder_hidden_size=7, **kw),
 }
-MADE = [name for name in METHODS if name not in ("prefix", "prompt")]
+MADE = [name for name in METHODS if name not in ("prefix", "prompt", "p-tuning-v2")]
+PREFIXES = ("prefix", "projection", "p-tuning-v2", "p-tuning-v2-mlp")
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -312,7 +316,7 @@ def test_embeddings_from_the_user_and_positions_from_the_user(method, base):
         count = model(inputs_embeds=embeds).logits.shape[1]
         torch.testing.assert_close(model(inputs_embeds=embeds).logits[:, -6:], expected)
         torch.testing.assert_close(model(**inputs, position_ids=positions).logits[:, -6:], expected)
-    assert count == (6 if METHODS[method] is PrefixTuningConfig or method == "projection" else 11)
+    assert count == (6 if method in PREFIXES else 11)
 
 
 def test_the_projection_is_computed_once_a_step_whatever_the_batch():

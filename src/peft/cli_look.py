@@ -179,7 +179,12 @@ def convert(
         ),
     ],
     target: Annotated[Path, typer.Argument(help="Folder for the new adapter.", show_default=False)],
-    to: Annotated[str, typer.Option(help="lora; peft: the same method in this library's files; prefix-tuning or p-tuning-v2: the one as the other.")] = "lora",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="lora; peft: the same method in this library's files; prefix-tuning or p-tuning-v2: the one as the other."
+        ),
+    ] = "lora",
     rank: Annotated[int, typer.Option(min=1, help="Rank of the update, with --to lora.")] = 16,
     base: Annotated[str | None, typer.Option(help="The base model, where the source does not name it.")] = None,
 ) -> None:

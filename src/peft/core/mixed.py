@@ -23,7 +23,6 @@ def adapters_of(names: Names) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-
 class Shared:
     """What all adapted layers of one model share while it runs."""
 

@@ -83,7 +83,7 @@ class Shift:
     def _counted(self, module: Any, call: dict[str, Any]) -> torch.Tensor | None:
         """The positions that a table counts itself, from the shape of the input and the length of the cache."""
         given, past = call.get(self.names[0]), call.get("past_key_values_length", 0)
-        shape = given if isinstance(given, torch.Size) else getattr(given, "shape", ())
+        shape: Any = given if isinstance(given, torch.Size) else getattr(given, "shape", ())
         if not isinstance(module, nn.Embedding) or len(shape) < 2:
             return None
         return torch.arange(past, past + shape[1], device=module.weight.device)

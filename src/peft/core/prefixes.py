@@ -87,9 +87,7 @@ class Site:
         return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def attention_layers(
-    stack: nn.Module, *, cross: bool = False
-) -> list[tuple[nn.Module, Callable[..., Any] | None]]:
+def attention_layers(stack: nn.Module, *, cross: bool = False) -> list[tuple[nn.Module, Callable[..., Any] | None]]:
     """Attention layers of a stack that take prefixes.
 
     Args:

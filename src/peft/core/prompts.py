@@ -83,7 +83,16 @@ class Prompts(BaseTunerLayer):
         self.whole = False
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_pieces", "_held", "_shared_masks", "_recording", "captured", "prepended", "is_capturing", "whole")
+        transient = (
+            "_pieces",
+            "_held",
+            "_shared_masks",
+            "_recording",
+            "captured",
+            "prepended",
+            "is_capturing",
+            "whole",
+        )
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

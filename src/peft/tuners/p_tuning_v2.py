@@ -80,7 +80,9 @@ class PTuningV2Config(PromptLearningConfig):
 
     def _check_layers(self, layers: list[int]) -> None:
         if not layers:
-            raise ValueError("`layers` is empty, so there would be nothing to train. Name layers, or leave it out for all.")
+            raise ValueError(
+                "`layers` is empty, so there would be nothing to train. Name layers, or leave it out for all."
+            )
         if min(layers) < 0:
             raise ValueError(f"`layers` counts from 0 on, got {min(layers)}.")
         twice = sorted({i for i in layers if layers.count(i) > 1})
@@ -119,7 +121,8 @@ class PTuningV2Model(PrefixTuner):
                 continue
             part = part if geometry.stacks == 2 else MAIN
             check_part(geometry, part)
-            cls._check_part(config, name, geometry.layers if part == MAIN else geometry.others[part])
+            count = geometry.layers if part == MAIN else geometry.others[part]
+            cls._check_part(config, name, count, several=geometry.stacks == 2)
         return {
             "num_layers": geometry.layers,
             "num_encoder_layers": geometry.others[ENCODER] if geometry.stacks == 2 else None,
@@ -139,7 +142,7 @@ class PTuningV2Model(PrefixTuner):
         else:
             own = "decoder" if geometry.is_causal else "encoder"
             found = {name: name == own for name in _SWITCHES.values()}
-            what = f"{own} alone"
+            what = "a decoder alone" if geometry.is_causal else "an encoder alone"
         for name, there in found.items():
             asked = getattr(config, name)
             if asked and not there:
@@ -151,13 +154,13 @@ class PTuningV2Model(PrefixTuner):
         return found
 
     @classmethod
-    def _check_part(cls, config: Any, name: str, count: int) -> None:
-        """Refuse layers and lengths that a part has no place for."""
+    def _check_part(cls, config: Any, name: str, count: int, several: bool) -> None:
+        """Refuse layers and lengths that a part, of several perhaps, has no place for."""
         outside = [i for i in config.layers or () if i >= count]
         if outside:
             raise ValueError(
                 f"`layers` names {outside}, but the {name.replace('_', '-')} has {count} layers, 0 to {count - 1}. Name some of these"
-                + (f", or switch `{name}` off." if config.num_transformer_submodules == 2 else ".")
+                + (f", or switch `{name}` off." if several else ".")
             )
         tokens = config.num_virtual_tokens
         if isinstance(tokens, list) and config.layers is None and len(tokens) != count:
@@ -190,7 +193,9 @@ class PTuningV2Model(PrefixTuner):
     @classmethod
     def pack(cls, pieces: Mapping[Where, torch.Tensor], values: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         if any(part != MAIN for part, _ in pieces):
-            raise ValueError("The adapter has prefixes in several parts of the model, which cannot be written as P-tuning v2.")
+            raise ValueError(
+                "The adapter has prefixes in several parts of the model, which cannot be written as P-tuning v2."
+            )
         lengths = {i: len(pieces[MAIN, i]) for i in range(values["num_layers"]) if (MAIN, i) in pieces}
         every = len(lengths) == values["num_layers"]
         same = len(set(lengths.values())) == 1

@@ -112,7 +112,9 @@ class PrefixTuningModel(PrefixTuner):
         lengths = {len(piece) for piece in pieces.values()}
         reason = None
         if elsewhere:
-            reason = f"it has virtual tokens in other places ({', '.join(elsewhere)}) than the self-attention of one stack"
+            reason = (
+                f"it has virtual tokens in other places ({', '.join(elsewhere)}) than the self-attention of one stack"
+            )
         elif missing:
             reason = f"layers {missing} have no virtual tokens, and prefix tuning puts some in front of every layer"
         elif len(lengths) > 1:
