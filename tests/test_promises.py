@@ -481,6 +481,41 @@ def test_mixed_training_gives_each_adapter_the_gradients_of_its_rows(setting, ba
 
 
 @every_method
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_rows_may_have_several_adapters_which_all_learn_from_them(setting, base, checkpointing):
+    names = [("default", "other"), "other", "__base__", ("other", "default")]
+    alone, model = two_adapters(setting, base), two_adapters(setting, base)
+    model.add_adapter("idle", setting.make(base))
+    model.set_requires_grad(["default", "other", "idle"])
+    rows = []
+    for index, name in enumerate(names):
+        single = {k: v[index : index + 1] for k, v in base.inputs().items()}
+        if name == "__base__":
+            with alone.disable_adapter():
+                rows.append(outputs(alone, single))
+        else:
+            alone.set_adapter([name] if isinstance(name, str) else list(name))
+            rows.append(outputs(alone, single))
+            rows[-1].pow(2).sum().backward()
+    expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        mixed = outputs(model, base.inputs(), adapter_names=names)
+    torch.testing.assert_close(mixed, torch.cat(rows).detach(), atol=5e-6, rtol=1e-5)
+    model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    out = outputs(model, base.inputs(), adapter_names=names, allow_mixed_training=True)
+    torch.testing.assert_close(out.detach(), mixed, atol=5e-6, rtol=1e-5)
+    out[[0, 1, 3]].pow(2).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert expected and not any(".idle" in n for n, g in found.items() if g.any())
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        assert (found[name] - gradient).abs().max() <= 1e-4 * scale, name
+
+
+@every_method
 def test_mixed_generation_with_beams_equals_each_row_alone(setting, base):
     assert base.task_type == "CAUSAL_LM"
     model = two_adapters(setting, base)
