@@ -551,6 +551,19 @@ def read_converted(case: Any, bases: str, folder: str, out: str) -> None:
     record.write(out)
 
 
+def read_folder(model: str, base: str, adapter: str, inputs: dict[str, list[list[int]]]) -> dict[str, Any]:
+    """First output, and greedy continuation where there is one, of a saved base model of a class with the adapter of a folder."""
+    plain = getattr(transformers, model).from_pretrained(base)
+    read = peft.PeftModel.from_pretrained(plain, adapter).eval()
+    tensors = {name: torch.tensor(rows) for name, rows in inputs.items()}
+    with torch.no_grad():
+        found: dict[str, Any] = {"output": read(**tensors)[0].tolist(), "type": read.active_peft_config.peft_type.value}
+        if model.endswith("LMHeadModel") or model.endswith("ForCausalLM"):
+            greedy = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+            found["generated"] = read.generate(**tensors, **greedy)[:, -NEW_TOKENS:].tolist()
+    return found
+
+
 # -- the process -----------------------------------------------------------------------------------------------------
 
 
@@ -568,6 +581,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return on_tensors()
     if operation == "mistakes":
         return mistakes(**request)
+    if operation == "read":
+        return read_folder(**request)
     name = request.pop("case")
     case = next(case for case in CASES + CONVERSIONS if case.name == name)
     {"create": create, "load": load, "convert": convert, "read_converted": read_converted}[operation](case, **request)
