@@ -189,6 +189,7 @@ METHODS = (
     Method("Compacter 1/16", _bottleneck("houlsby", phm_dim=4), ours_only=True),
     Method("prefix 20", _prompts("PrefixTuningConfig")),
     Method("prefix 20, projection", _projected_prefix),
+    Method("P-tuning v2 20", _prompts("PTuningV2Config"), ours_only=True),
     Method("prompt 20", _prompts("PromptTuningConfig")),
     Method("P-tuning 20", _prompts("PromptEncoderConfig", encoder_hidden_size=128)),
 )

@@ -190,6 +190,21 @@ def test_a_whole_model_becomes_lora_and_virtual_tokens_do_not(recipe, tmp_path):
     assert "no change of a weight" in run("convert", tmp_path / "prefix-tuning", tmp_path / "x", code=1).stderr
 
 
+def test_prefix_tuning_and_p_tuning_v2_become_each_other(recipe, tmp_path):
+    options = ["training.max_steps=2", "--out", tmp_path / "run", "-q", "--no-report"]
+    run("train", recipe, "method=p-tuning-v2", "method.reparameterization=mlp", *options)
+    said = run("convert", tmp_path / "run", tmp_path / "prefix", "--to", "prefix-tuning").output
+    assert "holds PREFIX_TUNING, in this library's files" in said and "differ by 0.0e+00" in said
+    said = run("convert", tmp_path / "prefix", tmp_path / "again", "--to", "p-tuning-v2").output
+    assert "holds P_TUNING_V2, in this library's files" in said and "differ by 0.0e+00" in said
+    options = ["training.max_steps=2", "--out", tmp_path / "one", "-q", "--no-report"]
+    run("train", recipe, "method=p-tuning-v2", "method.layers=[1]", *options)
+    said = run("convert", tmp_path / "one", tmp_path / "x", "--to", "prefix-tuning", code=1).stderr
+    assert "layers [0] have no virtual tokens" in " ".join(said.split())
+    said = run("convert", tmp_path / "run", tmp_path / "x", "--to", "prefix", code=1).stderr
+    assert "lora, peft, prefix-tuning, p-tuning-v2" in " ".join(said.split())
+
+
 def test_a_file_of_lycoris_becomes_an_adapter_of_this_library(bert, tmp_path):
     from safetensors.torch import save_file
 

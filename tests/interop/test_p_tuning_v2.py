@@ -29,7 +29,9 @@ def saved_base(name: str, folder: Path) -> Any:
     """A base model with random weights, saved and read, of three layers where it has a decoder's cross-attention."""
     base = BASES[name]
     torch.manual_seed(0)
-    odd = {"num_decoder_layers": 3} if name == "t5" else {}  # with an even number layers share places in the peer's files
+    odd = (
+        {"num_decoder_layers": 3} if name == "t5" else {}
+    )  # with an even number layers share places in the peer's files
     config = getattr(transformers, base.config)(**{**base.values, **odd})
     getattr(transformers, base.model)(config).save_pretrained(folder)
     return getattr(transformers, base.model).from_pretrained(folder)

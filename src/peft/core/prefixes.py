@@ -57,20 +57,13 @@ class Site:
     part: str = MAIN
     past: Any = 0
 
-    @property
-    def where(self) -> Where:
+    def __post_init__(self) -> None:
+        self.where: Where = (self.part, self.index)
         """What names it in a layout."""
-        return self.part, self.index
-
-    @property
-    def stack(self) -> str:
+        self.stack = stack_of(self.part)
         """The stack that runs it."""
-        return stack_of(self.part)
-
-    @property
-    def order(self) -> int:
+        self.order = turn(self.where)
         """Its turn in its stack."""
-        return turn(self.where)
 
     def attend(self) -> Callable[..., Any]:
         """The function that the model would have used."""

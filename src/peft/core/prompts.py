@@ -257,25 +257,19 @@ class Prompts(BaseTunerLayer):
             site: The layer.
             key: The layer's keys, (batch, heads, keys, size).
         """
-        plan, longest = self.plan(), self.longest(site)
+        plan = self.plan()
+        if plan is None:
+            pairs = self._pairs(ACTIVE, site, key, {})
+            if not pairs:
+                return None
+            keys, values = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*pairs, strict=True))
+            return keys.expand(key.shape[0], -1, -1, -1), values.expand(key.shape[0], -1, -1, -1), None
+        longest = self.longest(site)
         if longest == 0:
             return None
-        kinds = self._kinds()
-        own = dict.fromkeys(n for names in kinds for n in self._prefixes(names) if site.where in self._layout(n).places)
-        pair_of = {n: self._pair(n, site, key) for n in own}
-
-        def pairs(names: Names) -> list[Pair]:
-            found = [pair_of[n] for n in self._prefixes(names) if n in pair_of]
-            if site.part == MAIN and names in self.captured:
-                k, v = self.captured[names][site.index]
-                found.append((k.to(key), v.to(key)))
-            return found
-
-        if plan is None:
-            keys, values = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*pairs(ACTIVE), strict=True))
-            return keys.expand(key.shape[0], -1, -1, -1), values.expand(key.shape[0], -1, -1, -1), None
+        made: dict[str, Pair] = {}
         # Keys and values side by side, so that rows are gathered once; rows with shorter prefixes end in columns that are hidden.
-        side_by_side = {names: [torch.stack(pair) for pair in pairs(names)] for names in kinds}
+        side_by_side = {n: [torch.stack(pair) for pair in self._pairs(n, site, key, made)] for n in plan.kinds}
 
         def run(names: Names, rows: torch.Tensor | None) -> torch.Tensor:
             parts = side_by_side[names] or [key.new_zeros(2, key.shape[1], 0, key.shape[3])]
@@ -302,13 +296,29 @@ class Prompts(BaseTunerLayer):
 
     # -- keys and values -------------------------------------------------------------------------------------------
 
-    def _pair(self, name: str, site: Site, like: torch.Tensor) -> Pair:
-        """Keys and values of an adapter for a layer, each (heads, length, size), in the dtype of the layer's keys."""
-        table = self._table(name)
-        place = self._layout(name).places[site.where]
-        pairs = self._whole_table(name, site, like.dtype)
-        key, value = self._as_pair(table.piece(place)) if pairs is None else pairs[place]
-        return key.to(like), value.to(like)
+    def _pairs(self, names: Names, site: Site, like: torch.Tensor, made: dict[str, Pair]) -> list[Pair]:
+        """Keys and values of each adapter in front of rows in a layer, each (heads, length, size), in the dtype of the layer's keys.
+
+        Args:
+            names: What acts on the rows.
+            site: The layer.
+            like: The layer's keys.
+            made: Those of single adapters, where they were made before; those made here are added.
+        """
+        found = []
+        for name in self._prefixes(names):
+            table = self._table(name)
+            assert table.layout is not None
+            place = table.layout.places.get(site.where)
+            if place is None:
+                continue
+            if name not in made:
+                pairs = self._whole_table(name, table, table.layout, site, like.dtype)
+                made[name] = self._as_pair(table.piece(place)) if pairs is None else pairs[place]
+            found.append(made[name])
+        if site.part == MAIN and names in self.captured:
+            found.append(self.captured[names][site.index])
+        return [(key.to(like), value.to(like)) for key, value in found]
 
     def _as_pair(self, piece: torch.Tensor) -> Pair:
         """What a place of a table holds, (length, 2 · key size), as keys and values."""
@@ -322,7 +332,9 @@ class Prompts(BaseTunerLayer):
         both = table.view(table.shape[0], -1, self.heads, self.head_size).permute(1, 2, 0, 3).unbind(0)
         return tuple(zip(both[::2], both[1::2], strict=True))
 
-    def _whole_table(self, name: str, site: Site, dtype: torch.dtype) -> tuple[Pair, ...] | None:
+    def _whole_table(
+        self, name: str, table: PromptTable, layout: Layout, site: Site, dtype: torch.dtype
+    ) -> tuple[Pair, ...] | None:
         """All places' keys and values, made once by the first layer of a stack that asks and dropped by the last.
 
         ``None`` inside a checkpointed block: it runs again by itself during the backward pass, and saves the same tensors then
@@ -334,7 +346,6 @@ class Prompts(BaseTunerLayer):
             hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             if hooked or torch._C._current_graph_task_id() != -1:
                 return None
-        table, layout = self._table(name), self._layout(name)
         first, last = layout.turns[site.stack]
         state: tuple[Any, ...] = (torch.is_grad_enabled(), dtype)
         if not torch.compiler.is_compiling():

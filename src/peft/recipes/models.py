@@ -228,7 +228,8 @@ def head_names(model: nn.Module) -> list[str]:
 def virtual_tokens(section: MethodSection) -> int:
     """Tokens that a method puts before the input."""
     config = build_config(section, None)
-    return int(getattr(config, "num_virtual_tokens", 0) or 0) if getattr(config, "is_prompt_learning", False) else 0
+    count = getattr(config, "num_virtual_tokens", 0) if getattr(config, "is_prompt_learning", False) else 0
+    return max(count) if isinstance(count, list) else int(count or 0)
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> RecipeError:
