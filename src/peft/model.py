@@ -101,7 +101,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     """Labels that the task has one of for each position, virtual tokens included; ``None``: outputs leave their positions out."""
 
     def _add_head(self, config: PeftConfig) -> None:
-        if self.head_names and hasattr(config, "modules_to_save"):
+        """Let an adapter train the task's head, unless its ``modules_to_save`` is an empty list: a part that others share has no head."""
+        if self.head_names and hasattr(config, "modules_to_save") and config.modules_to_save != []:
             names = list(config.modules_to_save or [])
             config.modules_to_save = names + [n for n in self.head_names if n not in names]
 

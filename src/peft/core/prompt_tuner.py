@@ -321,8 +321,11 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
     positions = {part: position_modules(stack) for part, stack in stacks.items()}
     shape, refused = (0, 0), {}
     for part, found in layers.items():
-        reason = _why_no_prefix(model, stacks[part], found, {} if part == CROSS else positions[part], part)
-        shapes = set() if reason is not None else {prefixes.key_value_shape(m) for m, _ in found}
+        reason, shapes = _why_no_prefix(stacks[part], found, positions[part], part), set()
+        try:
+            shapes = {prefixes.key_value_shape(m) for m, _ in found if reason is None}
+        except NotImplementedError as error:
+            reason = str(error).rstrip(".")
         if len(shapes) > 1:
             reason = f"its layers have keys of different shapes {sorted(shapes)}, which one table cannot hold"
         elif reason is None and shape != (0, 0) and shapes != {shape}:
@@ -350,9 +353,7 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
     return geometry, Prompts(model, layers, shape, stacks)
 
 
-def _why_no_prefix(
-    model: nn.Module, stack: nn.Module, layers: Sequence[Any], positions: dict[str, nn.Module], part: str
-) -> str | None:
+def _why_no_prefix(stack: nn.Module, layers: Sequence[Any], positions: dict[str, nn.Module], part: str) -> str | None:
     if not layers:
         return (
             "its attention layers do not take their function from transformers' attention interface, so that nothing can be put "
