@@ -65,7 +65,7 @@ def _settings() -> Iterator[Setting]:
     yield Setting("LoRA (r 8)", {"name": "lora"}, (1e-3, 3e-3, 1e-2))
     yield Setting("LoRA (r 8), all linear layers", {"name": "lora", "target_modules": "all-linear"}, (3e-4, 1e-3, 3e-3))
     yield Setting("IA³", {"name": "ia3"}, (3e-3, 1e-2, 3e-2))
-    deep, soft = (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
+    deep, soft = (3e-3, 1e-2, 3e-2, 1e-1), (1e-2, 3e-2, 1e-1)
     starts = (("tokens", {}), ("random", {"prefix_init": "peer"}))
     for tokens in (20, 5, 50, 100):
         for start, options in starts:
@@ -251,7 +251,7 @@ def plot(found: Found) -> bytes:
     """Test metric against trained parameters, a panel for each task."""
     import matplotlib.pyplot as plt
 
-    from peft.recipes.plots import STYLE, as_png, line_style
+    from peft.recipes.plots import COLORS, MARKERS, STYLE, as_png
 
     families = ("full", "head", "LoRA", "IA³", "prefix", "prompt", "P-tuning", "DoRA", "LoHa", "LoKr", "bottleneck")
     with plt.rc_context(STYLE):
@@ -260,7 +260,11 @@ def plot(found: Found) -> bytes:
             for number, family in enumerate(families):
                 cells = [c for s in SETTINGS if s.name.startswith(family) and (c := cell(found, task, s))]
                 if cells:
-                    style = line_style(number) | {"linestyle": "none"}
+                    style: dict[str, Any] = {
+                        "color": COLORS[number % len(COLORS)],
+                        "marker": MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
+                        "linestyle": "none",
+                    }
                     spread = [statistics.stdev(c.tests) if len(c.tests) > 1 else 0 for c in cells]
                     axis.errorbar(
                         [c.parameters for c in cells], [c.mean for c in cells], spread, label=family, capsize=2, **style
