@@ -38,7 +38,9 @@ def keep_mask(shape: Sequence[int], device: torch.device, rate: float, seed: int
         return torch.full(tuple(shape), int(dropped == 0), dtype=torch.int8, device=device)
     if device.type != "cpu":
         generator = torch.Generator(device).manual_seed(seed)
-        return torch.empty(tuple(shape), dtype=torch.int8, device=device).bernoulli_(kept_share(rate), generator=generator)
+        return torch.empty(tuple(shape), dtype=torch.int8, device=device).bernoulli_(
+            kept_share(rate), generator=generator
+        )
     # The lowest number that is kept, and the one below it: clamping between them is many times faster than a comparison.
     lowest = dropped - _LEVELS // 2
     lanes = _words((count + 3) // 4, seed).view(torch.int16)

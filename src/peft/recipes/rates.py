@@ -62,7 +62,9 @@ def markdown() -> str:
     """The table for the docs: measured rates are bold."""
     lines = [f"| method | {' | '.join(COLUMNS)} | the others are from |", "|---|" + "---:|" * len(COLUMNS) + "---|"]
     for method, rates in RATES.items():
-        cells = [f"**{r:.0e}**" if t in MEASURED.get(method, ()) else f"{r:.0e}" for t, r in zip(COLUMNS, rates, strict=True)]
+        cells = [
+            f"**{r:.0e}**" if t in MEASURED.get(method, ()) else f"{r:.0e}" for t, r in zip(COLUMNS, rates, strict=True)
+        ]
         lines.append(f"| {method} | {' | '.join(c.replace('e-0', 'e-') for c in cells)} | {SOURCES[method]} |")
     return "\n".join(lines)
 
