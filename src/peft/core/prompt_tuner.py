@@ -167,13 +167,38 @@ class TokenTuner(PromptTuner):
 
 
 class PrefixTuner(PromptTuner):
-    """Methods that put keys and values in front of those of attention layers, wherever their :meth:`layout` says.
+    """Methods that put keys and values in front of those of attention layers, wherever their :meth:`layout` says: unless they say
+    otherwise, in all layers of a model's only stack or its decoder.
 
     What such an adapter holds can be written as an adapter of any other such method that has a place for it: :meth:`unpack` tells what
     is in front of each layer, :meth:`pack` puts it into a table.
     """
 
     placement = "prefix"
+
+    @classmethod
+    def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
+        check_size(config, "token_dim", geometry.key_size, "the size of a token's keys")
+        check_size(config, "num_layers", geometry.layers, "the number of attention layers")
+        check_size(config, "num_attention_heads", geometry.heads, "the number of key heads")
+        # 2 means in the field's files that layer i reads place 2i; no other number is understood for encoder-decoders.
+        check_size(config, "num_transformer_submodules", geometry.stacks, "the number of stacks")
+        return {
+            "num_layers": geometry.layers,
+            "token_dim": geometry.key_size,
+            "num_attention_heads": geometry.heads,
+            "num_transformer_submodules": geometry.stacks,
+        }
+
+    @classmethod
+    def table_shape(cls, config: Any, geometry: Geometry) -> tuple[int, int]:
+        return config.num_virtual_tokens, geometry.layers * 2 * geometry.key_size
+
+    @classmethod
+    def layout(cls, config: Any) -> Layout | None:
+        layers, stride = config.num_layers, config.num_transformer_submodules
+        places = {(MAIN, i): stride * i % layers for i in range(layers)}
+        return Layout(places, (config.num_virtual_tokens,) * layers)
 
     @classmethod
     def pack(cls, pieces: Mapping[Where, torch.Tensor], values: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
@@ -218,7 +243,7 @@ class PrefixTuner(PromptTuner):
         assert layout is not None
         pairs = holder.keys_values_of(real_tokens(model, max(layout.lengths)), layout.reach)
         size = holder.heads * holder.head_size
-        pieces = [torch.zeros(n, 2 * size) for n in layout.lengths]
+        pieces = [torch.zeros(n, 2 * size, device="cpu") for n in layout.lengths]
         for where, place in layout.places.items():
             key, value = (t.transpose(0, 1).flatten(1).float().cpu() for t in pairs[where])
             pieces[place] = torch.cat([key, value], 1)[: layout.lengths[place]]
