@@ -35,7 +35,7 @@ class Geometry:
         queries: Number of query heads; ``None`` where the model does not say.
         positions: Number of positions that the model knows; ``None``: no limit.
         stacks: 2 for encoder-decoders, 1 for others.
-        is_causal: Whether the layers are those of a decoder.
+        is_decoder: Whether the layers are those of a decoder.
         others: Number of layers of further parts that take prefixes: an encoder's, and those of attention to it.
         refused: Why parts of the model take none.
     """
@@ -47,7 +47,7 @@ class Geometry:
     queries: int | None
     positions: int | None
     stacks: int
-    is_causal: bool = True
+    is_decoder: bool = True
     others: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -211,7 +211,7 @@ class PrefixTuner(PromptTuner):
         Raises:
             ValueError: The method has no place for them.
         """
-        raise NotImplementedError
+        raise ValueError(f"No other adapter becomes one of {cls.__name__}: make a new one.")
 
     @classmethod
     def unpack(cls, config: Any, table: torch.Tensor) -> dict[Where, torch.Tensor]:
@@ -371,7 +371,7 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
         queries=getattr(config, "num_attention_heads", None),
         positions=longest_input(positions[MAIN]),
         stacks=2 if two else 1,
-        is_causal=all(getattr(m, "is_causal", True) for m, _ in layers[MAIN]),
+        is_decoder=all(getattr(m, "is_causal", True) for m, _ in layers[MAIN]),
         others={part: len(found) for part, found in layers.items() if part != MAIN},
         refused=refused,
     )

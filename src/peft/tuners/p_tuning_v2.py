@@ -134,9 +134,9 @@ class PTuningV2Model(PrefixTuner):
             found = dict.fromkeys(_SWITCHES.values(), True)
             what = "an encoder-decoder"
         else:
-            own = "decoder" if geometry.is_causal else "encoder"
+            own = "decoder" if geometry.is_decoder else "encoder"
             found = {name: name == own for name in _SWITCHES.values()}
-            what = "a decoder alone" if geometry.is_causal else "an encoder alone"
+            what = "a decoder alone" if geometry.is_decoder else "an encoder alone"
         for name, there in found.items():
             asked = getattr(config, name)
             if asked and not there:
