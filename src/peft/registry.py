@@ -50,6 +50,12 @@ _METHODS: dict[str, Method] = {
         Method("PREFIX_TUNING", "peft.tuners.prefix_tuning", "PrefixTuningConfig", "PrefixTuningModel"),
         Method("PROMPT_TUNING", "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptTuningModel"),
         Method("P_TUNING", "peft.tuners.p_tuning", "PromptEncoderConfig", "PromptEncoderModel"),
+        Method(
+            "MULTITASK_PROMPT_TUNING", "peft.tuners.multitask_prompt_tuning", "MultitaskPromptTuningConfig",
+            "MultitaskPromptTuningModel",
+        ),
+        Method("CARTRIDGE", "peft.tuners.cartridge", "CartridgeConfig", "CartridgeModel"),
+        Method("CPT", "peft.tuners.cpt", "CPTConfig", "CPTModel"),
     )
 }  # fmt: skip
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +17,9 @@ from . import prefixes
 from .injection import Placed
 from .layer import HALF
 from .positions import has_relative_bias, longest_input, position_modules
-from .prompts import FILE_KEY, NAME, Placement, Prompts, PromptTable
+from .prefixes import Pair
+from .prompt_table import OwnLoss
+from .prompts import NAME, Placement, Prompts, PromptTable
 from .tuner import BaseTuner
 
 
@@ -31,6 +35,8 @@ class Geometry:
         queries: Number of query heads; ``None`` where the model does not say.
         positions: Number of positions that the model knows; ``None``: no limit.
         stacks: 2 for encoder-decoders, 1 for others.
+        is_causal: Whether it is a decoder alone, whose tokens see only those before them.
+        vocabulary: Number of tokens that the model knows.
     """
 
     layers: int
@@ -40,6 +46,8 @@ class Geometry:
     queries: int | None
     positions: int | None
     stacks: int
+    is_causal: bool
+    vocabulary: int
 
     @property
     def key_size(self) -> int:
@@ -59,6 +67,10 @@ class PromptTuner(BaseTuner):
     """
 
     placement: ClassVar[Placement]
+    table_cls: ClassVar[type[PromptTable]] = PromptTable
+    """The class of the module that :meth:`make_table` gives, where loading has to know it."""
+    loss_inputs: ClassVar[tuple[str, ...] | None] = None
+    """Arguments of a call that :meth:`loss` alone reads; ``None``: the loss is the base model's own."""
     is_outer = False
 
     # -- what a method says ----------------------------------------------------------------------------------------
@@ -85,6 +97,18 @@ class PromptTuner(BaseTuner):
     @classmethod
     def start(cls, table: PromptTable, config: Any, holder: Prompts, model: nn.Module) -> None:
         """Give a new table its first values, in place."""
+
+    @classmethod
+    def loss(cls, config: Any, logits: torch.Tensor, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The loss of a batch, for methods with ``loss_inputs``.
+
+        Args:
+            config: The adapter's configuration.
+            logits: Those of virtual and real tokens, (batch, virtual tokens + length, vocabulary).
+            labels: Those of the real tokens, (batch, length); -100 does not count.
+            **inputs: Those of ``loss_inputs`` that were given.
+        """
+        raise NotImplementedError
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
@@ -120,8 +144,10 @@ class PromptTuner(BaseTuner):
     def file_renamings(cls, adapter_name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         # These files say `base_model` where those of weight methods say `base_model.model`; transformers writes the latter for all.
         heads = "|".join(dict.fromkeys(h for names in _HEADS.values() for h in names))
-        outer = [(rf"^base_model\.model\.(?=({FILE_KEY}|{heads})\b)", ""), (r"^base_model\.", "")]
-        return outer, [(rf"^{FILE_KEY}$", f"{NAME}.prompt_encoder.{adapter_name}.embedding.weight")]
+        keys = "|".join(cls.table_cls.file_keys)
+        outer = [(rf"^base_model\.model\.(?=({keys}|{heads})\b)", ""), (r"^base_model\.", "")]
+        table = f"{NAME}.prompt_encoder.{adapter_name}"
+        return outer, [(rf"^{key}$", f"{table}.{own}") for key, own in cls.table_cls.file_keys.items()]
 
 
 class TokenTuner(PromptTuner):
@@ -142,6 +168,44 @@ class TokenTuner(PromptTuner):
     @classmethod
     def table_shape(cls, config: Any, geometry: Geometry) -> tuple[int, int]:
         return config.num_virtual_tokens * config.num_transformer_submodules, geometry.embedding_size
+
+
+class PrefixTuner(PromptTuner):
+    """Methods whose virtual tokens are keys and values in front of those of each attention layer."""
+
+    placement = "prefix"
+
+    @classmethod
+    def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
+        check_size(config, "token_dim", geometry.key_size, "the size of a token's keys")
+        check_size(config, "num_layers", geometry.layers, "the number of attention layers")
+        check_size(config, "num_attention_heads", geometry.heads, "the number of key heads")
+        # 2 means in the field's files that layer i reads place 2i; no other number is understood for encoder-decoders.
+        check_size(config, "num_transformer_submodules", geometry.stacks, "the number of stacks")
+        return {
+            "num_layers": geometry.layers,
+            "token_dim": geometry.key_size,
+            "num_attention_heads": geometry.heads,
+            "num_transformer_submodules": geometry.stacks,
+        }
+
+    @classmethod
+    def table_shape(cls, config: Any, geometry: Geometry) -> tuple[int, int]:
+        return config.num_virtual_tokens, geometry.layers * 2 * geometry.key_size
+
+
+def as_table(pairs: Sequence[Pair], stride: int = 1) -> torch.Tensor:
+    """Keys and values of each layer as a table of a prefix, (tokens, layers · 2 · key size), in float32.
+
+    Args:
+        pairs: For each layer its keys and its values, (heads, tokens, head size).
+        stride: As in :class:`~peft.core.prompt_table.PromptTable`. Of layers that share a place the last one counts.
+    """
+    places = list(pairs)
+    for index, pair in enumerate(pairs):
+        places[stride * index % len(pairs)] = pair
+    values = torch.stack([t for pair in places for t in pair])  # (layers · 2, heads, tokens, size)
+    return values.permute(2, 0, 1, 3).flatten(1).float()
 
 
 def check_length(config: Any, geometry: Geometry) -> None:
@@ -190,16 +254,20 @@ def build_table(
     device, dtype = holder.device_and_dtype()
     if in_float32 and dtype in HALF:
         dtype = torch.float32
-    if on_meta:
+    kind = tuner.table_cls
+    if on_meta and (config.inference_mode or not kind.takes_table):
         device = torch.device("meta")
-    is_plain = on_meta or config.inference_mode  # to be filled from a file, which holds the table alone
+    # Where a file is to be read that holds the table alone, a plain one will do.
+    is_plain = not kind.is_always_needed and (config.inference_mode or (on_meta and not kind.takes_table))
     with torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
         if is_plain:
             table = PromptTable(*tuner.table_shape(config, geometry))
         else:
             table = tuner.make_table(config, geometry, model)
     table.length, table.stride = config.num_virtual_tokens, config.num_transformer_submodules
-    if not is_plain and device.type != "meta":
+    if tuner.loss_inputs is not None:
+        table.loss = OwnLoss(functools.partial(tuner.loss, config), tuner.loss_inputs)
+    if not is_plain and not config.inference_mode and device.type != "meta":
         with torch.no_grad():
             tuner.start(table, config, holder, model)
     return table.to(device=device, dtype=dtype)
@@ -238,8 +306,11 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
         queries=getattr(config, "num_attention_heads", None),
         positions=longest_input(positions),
         stacks=2 if getattr(config, "is_encoder_decoder", False) else 1,
+        is_causal=False,
+        vocabulary=embedding.weight.shape[0],
     )
-    return geometry, Prompts(model, layers, shape, stack)
+    holder = Prompts(model, layers, shape, stack)
+    return dataclasses.replace(geometry, is_causal=holder.is_decoder or (not layers and geometry.stacks == 1)), holder
 
 
 def _why_no_prefix(
@@ -255,4 +326,6 @@ def _why_no_prefix(
     return None
 
 
-__all__ = ["Geometry", "PromptTuner", "TokenTuner", "check_length", "check_size", "survey"]
+__all__ = [
+    "Geometry", "PrefixTuner", "PromptTuner", "TokenTuner", "as_table", "check_length", "check_size", "survey"
+]  # fmt: skip

@@ -16,13 +16,13 @@ from .holder import BaseTunerLayer
 from .mixed import MixedPlan, by_rows
 from .positions import Shift, position_modules
 from .prefixes import NotePast, Pair, Site
-from .prompt_table import PromptTable
+from .prompt_table import FILE_KEY, OwnLoss, PromptTable
 from .sharding import is_dtensor, whole
 
 NAME = "peft_prompts"
 """The holder's name in the base model."""
-FILE_KEY = "prompt_embeddings"
-"""The table's name in an adapter's file."""
+_TASK = "\0"
+"""Stands between an adapter's name and the number of a task, where rows have tasks: no adapter's name holds it."""
 
 Placement = Literal["prefix", "tokens"]
 
@@ -66,6 +66,7 @@ class Prompts(BaseTunerLayer):
         ]
         self._outside = _Outside(model, stack)
         self._handles: dict[Placement, list[Any]] = {}
+        self._unfilled: dict[str, PromptTable] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -74,13 +75,16 @@ class Prompts(BaseTunerLayer):
         self._held: dict[str, tuple[torch.Tensor, ...]] = {}
         self._shared_mask: tuple[tuple[Any, ...], Any] | None = None
         self._recording: dict[int, Pair] | None = None
+        self._task_plan: MixedPlan | None = None
         self.captured: dict[str, list[Pair]] = {}
         self.prepended: int | None = None
         self.is_capturing = False
         self.whole = False
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_pieces", "_held", "_shared_mask", "_recording", "captured", "prepended", "is_capturing", "whole")
+        transient = (
+            "_pieces", "_held", "_shared_mask", "_recording", "_task_plan", "captured", "prepended", "is_capturing", "whole"
+        )  # fmt: skip
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -126,8 +130,9 @@ class Prompts(BaseTunerLayer):
     def adapter_tensors(self, name: str) -> Iterator[tuple[str, str, nn.Parameter | torch.Tensor]]:
         if name in self.prompt_encoder:
             table = self._table(name)
-            tensor = table.embedding.weight if table.folded else _fold(table)
-            yield FILE_KEY, f"prompt_encoder.{name}.embedding.weight", tensor
+            for key, own in table.file_keys.items():
+                tensor = table.get_parameter(own) if table.folded else _fold(table)
+                yield key, f"prompt_encoder.{name}.{own}", tensor
 
     def training_tensors(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         if name in self.prompt_encoder and not self._table(name).folded:
@@ -152,20 +157,34 @@ class Prompts(BaseTunerLayer):
             buffers = dict(table._buffers)
             table.expect(inner)
             return lambda: table._buffers.update(buffers)
-        weight = table.embedding.weight
-        if weight.device.type != "meta":
+        weight = next(table.parameters())
+        if table.takes_table and weight.device.type != "meta":
+            self._unfilled[name] = table
+        elif weight.device.type != "meta":
             doubt(
                 f"The file holds the table of adapter {name!r} but not what makes it while it trains, so from now on the table itself "
                 "is the parameter. An optimiser that was made before does not know it: make it anew."
             )
         plain = PromptTable(*table().shape).to(weight)
-        plain.length, plain.stride = table.length, table.stride
+        plain.length, plain.stride, plain.loss = table.length, table.stride, table.loss
         plain.requires_grad_(weight.requires_grad).train(table.training)
         self.prompt_encoder[name] = plain
-        return lambda: self.prompt_encoder.update({name: table})
+
+        def undo() -> None:
+            self.prompt_encoder[name] = self._unfilled.pop(name, table)
+
+        return undo
+
+    def loaded(self, name: str) -> None:
+        """Put the module that makes a table back, and let it make the table that was read."""
+        table = self._unfilled.pop(name, None)
+        if table is not None:
+            with torch.no_grad():
+                table.take(self._table(name)())
+            self.prompt_encoder[name] = table
 
     def _table(self, name: str) -> PromptTable:
-        table = self.prompt_encoder[name]
+        table = self.prompt_encoder[_adapter(name)]
         assert isinstance(table, PromptTable)
         return table
 
@@ -375,20 +394,85 @@ class Prompts(BaseTunerLayer):
 
     def plan(self) -> MixedPlan | None:
         """Which rows have which adapter, in a mixed batch."""
-        return None if self._disable_adapters else self._shared.plan
+        return None if self._disable_adapters else self._task_plan or self._shared.plan
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether rows of the batch have different adapters."""
+        return not self._disable_adapters and self._shared.plan is not None
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether any adapter has virtual tokens of its own for several tasks."""
+        return any(self._table(name).tasks for name in self.prompt_encoder)
+
+    @contextlib.contextmanager
+    def by_task(self, task_ids: Any, rows: int | None, *, expands: bool) -> Iterator[None]:
+        """Within this context each row of a batch has the virtual tokens of its task.
+
+        Args:
+            task_ids: Number of the task of each row, (batch,).
+            rows: Number of rows, if it is known.
+            expands: Whether the model may see each row several times in a row, as generation does with beams.
+
+        Raises:
+            ValueError: No adapter of the batch has tasks, or the numbers do not fit it or the batch.
+        """
+        mixed = None if self._disable_adapters else self._shared.plan
+        ids = _task_numbers(task_ids, rows if mixed is None else len(mixed.names))
+        own = [n for n in self._active_adapter if n in self.placements]
+        if not self._disable_adapters and mixed is None and len(own) > 1:
+            raise ValueError(
+                f"`task_ids` are given, but several adapters with virtual tokens are active: {', '.join(own)}. Activate one."
+            )
+        names = mixed.names if mixed is not None else (own[0] if own else "",) * len(ids)
+        tasks = {n: self._table(n).tasks if n in self.placements else 0 for n in set(names)}
+        if not self._disable_adapters and not any(tasks.values()):
+            raise ValueError(NO_TASKS)
+        keys = [f"{n}{_TASK}{i}" if tasks[n] else n for n, i in zip(names, ids, strict=True)]
+        wrong = sorted({i for n, i in zip(names, ids, strict=True) if tasks[n] and not 0 <= i < tasks[n]})
+        if wrong:
+            known = min(t for t in tasks.values() if t)
+            raise ValueError(f"`task_ids` holds {wrong}, but the adapter has {known} tasks: 0 to {known - 1}.")
+        before, self._task_plan = self._task_plan, None if self._disable_adapters else MixedPlan(keys, expands=expands)
+        try:
+            yield
+        finally:
+            self._task_plan = before
+
+    @contextlib.contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """Within this context the plan of a batch has one row, of this adapter."""
+        before = self._shared.plan, self._task_plan
+        if self._shared.plan is not None:
+            self._shared.plan = MixedPlan([_adapter(name)])
+        if self._task_plan is not None:
+            self._task_plan = MixedPlan([name])
+        try:
+            yield
+        finally:
+            self._shared.plan, self._task_plan = before
 
     def token_names(self) -> list[str]:
         """Adapters with tokens at the input that act on the batch."""
         if self._disable_adapters:
             return []
-        plan = self._shared.plan
+        plan = self.plan()
         names = self._active_adapter if plan is None else dict.fromkeys(plan.names)
-        return [n for n in names if self.placements.get(n) == "tokens"]
+        return [n for n in names if self.placements.get(_adapter(n)) == "tokens"]
+
+    def token_adapters(self) -> list[str]:
+        """The same, each named once whatever the tasks of rows."""
+        return list(dict.fromkeys(_adapter(n) for n in self.token_names()))
+
+    def loss_of(self, name: str) -> OwnLoss | None:
+        """An adapter's own loss, if its method has one."""
+        return self._table(name).loss
 
     def tokens(self, name: str) -> torch.Tensor:
         """Virtual tokens of an adapter, (tokens, size); of all active ones for the empty name, and none for the plain model."""
-        names = self.token_names() if not name else [name] if self.placements.get(name) == "tokens" else []
-        tables = [self._table(n)()[: self._table(n).length] for n in names]
+        names = self.token_names() if not name else [name] if self.placements.get(_adapter(name)) == "tokens" else []
+        tables = [self._table(n).tokens(_task(n)) for n in names]
         if not tables:
             return torch.empty(0, self._outside.model.get_input_embeddings().weight.shape[1])
         return tables[0] if len(tables) == 1 else torch.cat(tables)
@@ -396,7 +480,7 @@ class Prompts(BaseTunerLayer):
     def token_count(self, name: str) -> int:
         """How many there are."""
         names = self.token_names() if not name else [name]
-        return sum(self._table(n).length for n in names if self.placements.get(n) == "tokens")
+        return sum(self._table(n).length for n in names if self.placements.get(_adapter(n)) == "tokens")
 
     def longest_tokens(self) -> int:
         """How many the row with the most has."""
@@ -470,13 +554,47 @@ class _Outside:
             self.stack(input_ids=input_ids)
 
 
-__all__ = ["FILE_KEY", "NAME", "Placement", "PromptTable", "Prompts"]
+__all__ = ["FILE_KEY", "NAME", "NO_TASKS", "Placement", "PromptTable", "Prompts"]
+
+NO_TASKS = "`task_ids` is for multitask prompts; this adapter's method has none. Leave it out."
+
+
+def _adapter(name: str) -> str:
+    """The adapter that a row's name means."""
+    return name.partition(_TASK)[0]
+
+
+def _task(name: str) -> int | None:
+    """The task that a row's name means, if it has one."""
+    task = name.partition(_TASK)[2]
+    return int(task) if task else None
+
+
+def _task_numbers(task_ids: Any, rows: int | None) -> list[int]:
+    """Task numbers of a batch as a list.
+
+    Raises:
+        ValueError: They are no whole numbers, or not one per row.
+    """
+    ids = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else task_ids
+    if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(
+            f"`task_ids` should be whole numbers of shape (batch,), one per row, got {task_ids!r}. For one task give "
+            "torch.full((batch,), task)."
+        )
+    if rows is not None and len(ids) != rows:
+        raise ValueError(
+            f"`task_ids` has {len(ids)} numbers, but the batch has {rows} rows. Give one per row: torch.full((batch,), task) "
+            "for one task."
+        )
+    return list(ids)
 
 
 def _fold(table: PromptTable) -> torch.Tensor:
     """The virtual tokens that a table makes, as a constant; of parameters spread over processes the whole ones make it."""
     state = table.state_dict(keep_vars=True)
-    if not any(is_dtensor(tensor) for tensor in state.values()):
-        return table().detach()
-    gathered = {key: whole(tensor, key).detach() for key, tensor in state.items()}
-    return torch.func.functional_call(table, gathered).detach()
+    with torch.no_grad():
+        if not any(is_dtensor(tensor) for tensor in state.values()):
+            return table()
+        gathered = {key: whole(tensor, key) for key, tensor in state.items()}
+        return torch.func.functional_call(table, gathered)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .mixed import MixedPlan, by_rows
+from .mixed import by_rows
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -121,7 +121,7 @@ class Prepend:
             elif holder.prepended is not None:
                 setattr(cache, _MARK, WITHIN)
         length, holder.captured, holder.prepended = holder.prepended, {}, None
-        if length is None or self.stays or (holder.whole and holder.plan() is None):
+        if length is None or self.stays or holder.whole:
             return None
         if isinstance(output, tuple):
             return (self._strip(output[0], length), *output[1:])
@@ -178,7 +178,7 @@ class Prepend:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             call["attention_mask"] = join(holder, mask, lambda n: mask.new_ones(holder.token_count(n)))
         if call.get("position_ids") is not None:
-            call["position_ids"] = call["position_ids"] + holder.token_count("")
+            call["position_ids"] = call["position_ids"] + holder.longest_tokens()
 
 
 def join(
@@ -250,20 +250,17 @@ def capture(holder: Prompts, stack: nn.Module) -> dict[str, Any]:
     Returns:
         Keys and values of each layer by adapter; where several adapters are active together, all under the name of the first.
     """
-    shared, plan = holder._shared, holder.plan()
-    names = holder.token_names()
+    plan, names = holder.plan(), holder.token_names()
     found: dict[str, Any] = {}
     holder.is_capturing = True
     try:
         for name in names if plan is not None else names[:1]:
-            if plan is not None:
-                shared.plan = MixedPlan([name])
-            tokens = holder.tokens(name if plan is not None else "")
-            embeds = tokens.to(holder.device_and_dtype()[1])[None]
-            found[name] = holder.record(functools.partial(stack, inputs_embeds=embeds, use_cache=False))
+            with holder.only(name):
+                tokens = holder.tokens(name if plan is not None else "")
+                embeds = tokens.to(holder.device_and_dtype()[1])[None]
+                found[name] = holder.record(functools.partial(stack, inputs_embeds=embeds, use_cache=False))
     finally:
         holder.is_capturing = False
-        shared.plan = shared.plan if plan is None else plan
     return found
 
 
@@ -276,10 +273,10 @@ def whole_outputs(holder: Prompts, kwargs: dict[str, Any], labels: tuple[str, ..
         kwargs: Arguments of the model.
         labels: Names of those among them that have a label for each position.
     """
-    if holder.plan() is not None or not holder.token_names():
+    if holder.is_mixed or not holder.token_names():
         yield kwargs
         return
-    count = holder.token_count("")
+    count = holder.longest_tokens()
     changed = dict(kwargs)
     for name in labels:
         if changed.get(name) is not None:

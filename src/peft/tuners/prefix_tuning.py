@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import PeftType, PromptLearningConfig
-from ..core.prompt_tuner import Geometry, PromptTuner, check_size
+from ..core.prompt_tuner import Geometry, PrefixTuner, as_table
 from ..core.prompts import Prompts, PromptTable
 from ..core.tokens import real_tokens
 
@@ -82,29 +82,13 @@ class PrefixEncoder(PromptTable):
         return part if self.start is None else self.start[:, start:stop] + part
 
 
-class PrefixTuningModel(PromptTuner):
+class PrefixTuningModel(PrefixTuner):
     """A base model with prefixes; see :class:`~peft.core.prompt_tuner.PromptTuner`."""
-
-    placement = "prefix"
 
     @classmethod
     def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
-        check_size(config, "token_dim", geometry.key_size, "the size of a token's keys")
-        check_size(config, "num_layers", geometry.layers, "the number of attention layers")
-        check_size(config, "num_attention_heads", geometry.heads, "the number of key heads")
-        # 2 means in the field's files that layer i reads place 2i; no other number is understood for encoder-decoders.
-        check_size(config, "num_transformer_submodules", geometry.stacks, "the number of stacks")
-        return {
-            "num_layers": geometry.layers,
-            "token_dim": geometry.key_size,
-            "num_attention_heads": geometry.heads,
-            "num_transformer_submodules": geometry.stacks,
-            "encoder_hidden_size": config.encoder_hidden_size or geometry.key_size,
-        }
-
-    @classmethod
-    def table_shape(cls, config: Any, geometry: Geometry) -> tuple[int, int]:
-        return config.num_virtual_tokens, geometry.layers * 2 * geometry.key_size
+        values = super().fill(config, geometry)
+        return {**values, "encoder_hidden_size": config.encoder_hidden_size or geometry.key_size}
 
     @classmethod
     def make_table(cls, config: Any, geometry: Geometry, model: Any) -> PromptTable:
@@ -125,9 +109,5 @@ class PrefixTuningModel(PromptTuner):
         if config.init_weights is None:
             # The base model's own keys and values: a prefix that every layer already knows how to read.
             pairs = holder.keys_values_of(real_tokens(model, config.num_virtual_tokens))
-            places = list(pairs)
-            for index, pair in enumerate(pairs):
-                places[table.stride * index % len(pairs)] = pair
-            values = torch.stack([t for pair in places for t in pair])  # (layers · 2, heads, tokens, size)
-            flat = values.permute(2, 0, 1, 3).flatten(1).float()
+            flat = as_table(pairs, table.stride)
             (table.embedding.weight if table.folded else table.start).copy_(flat)
