@@ -193,8 +193,8 @@ SETTINGS = (
     _prompts("prefix-projection", PrefixTuningConfig, bases=(tiny.BERT, tiny.LLAMA, tiny.T5), prefix_projection=True),
     _prompts("prompt", PromptTuningConfig),
     _prompts("p-tuning", PromptEncoderConfig, bases=(tiny.BERT, tiny.LLAMA, tiny.T5), encoder_hidden_size=7),
-    _prompts("multitask-prompt", MultitaskPromptTuningConfig, num_ranks=2),
-    _prompts("cartridge", CartridgeConfig, num_frozen_tokens=2),
+    _prompts("multitask-prompt", MultitaskPromptTuningConfig, bases=(tiny.BERT, tiny.LLAMA, tiny.T5), num_ranks=2),
+    _prompts("cartridge", CartridgeConfig, bases=(tiny.LLAMA, tiny.T5), num_frozen_tokens=2),
     replace(
         _prompts("cpt", context, bases=(tiny.GPT2, tiny.LLAMA)),
         config=context,
