@@ -427,7 +427,7 @@ class Prompts(BaseTunerLayer):
             )
         names = mixed.names if mixed is not None else (own[0] if own else "",) * len(ids)
         tasks = {n: self._table(n).tasks if n in self.placements else 0 for n in set(names)}
-        if not self._disable_adapters and not any(tasks.values()):
+        if not self._disable_adapters and mixed is None and not any(tasks.values()):
             raise ValueError(NO_TASKS)
         keys = [f"{n}{_TASK}{i}" if tasks[n] else n for n, i in zip(names, ids, strict=True)]
         wrong = sorted({i for n, i in zip(names, ids, strict=True) if tasks[n] and not 0 <= i < tasks[n]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import PeftType, PromptLearningConfig, TaskType
-from ..core.errors import did_you_mean
+from ..core.errors import PeftWarning, doubt
 from ..core.prompt_tuner import Geometry, TokenTuner
 from ..core.prompts import PromptTable
 
@@ -24,10 +25,10 @@ class CPTConfig(PromptLearningConfig):
 
     Args:
         cpt_token_ids: Tokens of the context: an instruction and examples, as the base model's tokenizer gives them.
-        cpt_mask: One number for each of them, 1. It has no effect; other numbers are refused.
+        cpt_mask: One number for each of them, 1. It has no effect, and other numbers get a warning.
         cpt_tokens_type_mask: What each of them is: 0 for the instruction, and for example j, counted from 0, 4 j + 1 for the words before
             its input, 4 j + 2 for the input, 4 j + 3 for the words before its label, and 4 j + 4 for the label. All 1 when not given.
-        opt_weighted_loss_type: ``"decay"``: labels of earlier examples count less; ``"none"``: all count the same.
+        opt_weighted_loss_type: ``"decay"``: labels of earlier examples count less; ``"none"`` or ``None``: all count the same.
         opt_loss_decay_factor: The factor for each example further back, with ``"decay"``.
         opt_projection_epsilon: Largest change of an input's embedding, as a norm, for embeddings of size 2048.
         opt_projection_format_epsilon: The same for the words around inputs and labels.
@@ -55,12 +56,6 @@ class CPTConfig(PromptLearningConfig):
         if getattr(self.task_type, "value", self.task_type) != "CAUSAL_LM":
             raise ValueError(
                 f"CPT is for causal language models: `task_type` should be 'CAUSAL_LM', got {self.task_type!r}."
-            )
-        known = ["none", "decay"]
-        if self.opt_weighted_loss_type not in known:
-            hint = did_you_mean(str(self.opt_weighted_loss_type), known)
-            raise ValueError(
-                f"Unknown `opt_weighted_loss_type` {self.opt_weighted_loss_type!r}{hint}. Use one of {', '.join(known)}."
             )
         for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
             value = getattr(self, name)
@@ -91,8 +86,8 @@ class CPTConfig(PromptLearningConfig):
                     f"`{name}` has {len(value)} numbers, but `cpt_token_ids` has {count} tokens. Give one for each."
                 )
         if set(self.cpt_mask or ()) != {1}:
-            raise ValueError(
-                f"`cpt_mask` would have no effect: every token of the context is seen. Leave out those with 0; got {self.cpt_mask}."
+            doubt(
+                f"`cpt_mask` has no effect: every token of the context is seen. Leave out tokens that should not be; got {self.cpt_mask}."
             )
         if min(self.cpt_tokens_type_mask or ()) < 0:
             raise ValueError(f"`cpt_tokens_type_mask` should hold numbers from 0 on, got {self.cpt_tokens_type_mask}.")
@@ -148,7 +143,16 @@ class CPTEmbedding(PromptTable):
         return self.embedding.weight + delta * (self.bounds > 0)
 
     def take(self, table: torch.Tensor) -> None:
-        self.delta_embedding.weight.copy_(self._bounded(table - self.embedding.weight))
+        delta = table - self.embedding.weight
+        bounded = self._bounded(delta)
+        if not torch.allclose(bounded, delta, atol=1e-5 * float(table.abs().max())):
+            warnings.warn(
+                "The virtual tokens that were read are further from the embeddings of `cpt_token_ids` than this configuration allows, and "
+                "are moved within its bounds. Are they of the same base model, context and `opt_projection_epsilon`?",
+                PeftWarning,
+                stacklevel=2,
+            )
+        self.delta_embedding.weight.copy_(bounded)
 
     def _bounded(self, delta: torch.Tensor) -> torch.Tensor:
         """The changes, (tokens, size), those that are too long shortened to their bounds."""
