@@ -107,7 +107,7 @@ class _Frozen(nn.Module):
 
 
 class CPTEmbedding(PromptTable):
-    """The context with its changes: P = E + δ, ‖δᵢ‖ ≤ εᵢ (section 3.2).
+    """The context with its changes: P = E + δ, ‖δᵢ‖ ≤ εᵢ.
 
     Each step of training begins by shortening the changes that have become too long, so that the optimiser goes on from the bounded ones
     (projected gradient descent).
@@ -198,7 +198,7 @@ class CPTModel(TokenTuner):
 
     @classmethod
     def loss(cls, config: Any, logits: torch.Tensor, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """The mean over label tokens of the context and of the input of γʲ · cross entropy, j examples back (section 3.3).
+        """The mean over label tokens of the context and of the input of γʲ · cross entropy, j examples back.
 
         Args:
             config: The adapter's configuration.

@@ -20,7 +20,7 @@ class CartridgeConfig(PromptLearningConfig):
 
     Args:
         num_frozen_tokens: How many of the first virtual tokens keep the keys and values that they start from. The first token of a text
-            takes up much of the attention of every other, and training is unstable where it changes (section 3.2).
+            takes up much of the attention of every other, and training is unstable where it changes.
 
     Raises:
         ValueError: A negative number, or more than there are virtual tokens.
@@ -41,7 +41,7 @@ class CartridgeConfig(PromptLearningConfig):
 
 
 class CartridgeEncoder(PromptTable):
-    """The keys and values of all layers, of which the first tokens' are fixed: T = [F; Z], Z being trained (section 3.1).
+    """The keys and values of all layers, of which the first tokens' are fixed: T = [F; Z], Z being trained.
 
     Args:
         config: The adapter's configuration, its sizes filled in. F has ``num_frozen_tokens`` rows.

@@ -35,7 +35,7 @@ def initialize_kv_prefix_from_text(
     use_chat_template: bool = True,
     max_length: int | None = None,
 ) -> torch.Tensor:
-    """Start a prefix from the keys and values that the base model gives the first tokens of a text (section 3.2).
+    """Start a prefix from the keys and values that the base model gives the first tokens of a text.
 
     Args:
         model: A model with an adapter that is a prefix: a cartridge, or prefix tuning without a projection.
@@ -116,7 +116,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
 def compose_cartridge_adapters(
     adapter_paths: Sequence[str | os.PathLike], *, output_path: str | os.PathLike, safe_serialization: bool = True
 ) -> None:
-    """Write a cartridge that has the tokens of several, one after the other (section 5.4).
+    """Write a cartridge that has the tokens of several, one after the other.
 
     Args:
         adapter_paths: Folders or Hub ids of the cartridges, all of one base model. The first one's ``num_frozen_tokens`` holds.
