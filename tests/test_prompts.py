@@ -21,7 +21,9 @@ from transformers import (
 
 import tiny
 from peft import (
+    CartridgeConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -44,8 +46,10 @@ METHODS = {
         encoder_hidden_size=7, encoder_reparameterization_type="LSTM", **kw
     ),
     "projection": lambda **kw: PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=7, **kw),
+    "multitask": MultitaskPromptTuningConfig,
+    "cartridge": CartridgeConfig,
 }
-MADE = [name for name in METHODS if name not in ("prefix", "prompt")]
+MADE = ["p-tuning", "p-tuning-lstm", "projection"]  # by a network, while they train
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
