@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import LlamaForSequenceClassification
 
 import tiny
 from peft import CPTConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
@@ -179,6 +180,11 @@ def test_wrong_configurations(options, message):
 def test_a_mask_that_has_no_effect_is_said():
     with pytest.warns(UserWarning, match="`cpt_mask` has no effect"):
         config(cpt_mask=[1] * 8 + [0])
+
+
+def test_a_decoder_with_another_head_is_refused():
+    with pytest.raises(ValueError, match="this model is none"):
+        inject_adapter_in_model(config(), LlamaForSequenceClassification(tiny.LLAMA.build().config))
 
 
 def test_wrong_use():

@@ -35,7 +35,7 @@ class Geometry:
         queries: Number of query heads; ``None`` where the model does not say.
         positions: Number of positions that the model knows; ``None``: no limit.
         stacks: 2 for encoder-decoders, 1 for others.
-        is_causal: Whether it is a decoder alone, whose tokens see only those before them.
+        is_causal: Whether it is a causal language model.
         vocabulary: Number of tokens that the model knows.
     """
 
@@ -310,7 +310,17 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
         vocabulary=embedding.weight.shape[0],
     )
     holder = Prompts(model, layers, shape, stack)
-    return dataclasses.replace(geometry, is_causal=holder.is_decoder or (not layers and geometry.stacks == 1)), holder
+    return dataclasses.replace(geometry, is_causal=_is_causal(model, holder)), holder
+
+
+def _is_causal(model: Any, holder: Prompts) -> bool:
+    """Whether a model predicts each token from those before it."""
+    try:
+        has_head = model.get_output_embeddings() is not None
+    except (AttributeError, NotImplementedError):
+        has_head = False
+    known = bool(holder.sites) or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return has_head and (holder.is_decoder if known else True)
 
 
 def _why_no_prefix(

@@ -179,7 +179,7 @@ class CPTModel(TokenTuner):
             raise ValueError("CPT needs a context: give `cpt_token_ids`, the tokens of an instruction and of examples.")
         if not geometry.is_causal:
             raise ValueError(
-                "CPT is for causal language models, which compute a loss at every token; this model is none."
+                "CPT is for causal language models, which predict every token from those before it; this model is none."
             )
         if config.num_virtual_tokens != len(config.cpt_token_ids):
             raise ValueError(
