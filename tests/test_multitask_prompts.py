@@ -97,6 +97,17 @@ def test_only_the_tasks_of_a_batch_get_gradients():
     assert table.embedding.weight.grad.any()
 
 
+@pytest.mark.parametrize("base", [tiny.LLAMA, tiny.T5], ids=lambda b: b.name)
+def test_compiled_with_tasks_that_are_not_known_beforehand(base):
+    model, inputs = trained(base), base.inputs()
+    inputs["use_cache"] = False
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for tasks in (TASKS, (TASKS + 1) % 3):
+        torch.testing.assert_close(
+            run(compiled, inputs, task_ids=tasks), run(model, inputs, task_ids=tasks), atol=1e-5, rtol=1e-4
+        )
+
+
 def test_tasks_and_adapters_by_row_with_another_method_beside_them():
     base, inputs = tiny.LLAMA, tiny.LLAMA.inputs()
     model = trained(base)

@@ -67,11 +67,11 @@ class PromptTable(nn.Module):
         """The table, (rows, columns)."""
         return self.embedding.weight
 
-    def tokens(self, task: int | None = None) -> torch.Tensor:
+    def tokens(self, task: int | torch.Tensor | None = None) -> torch.Tensor:
         """The virtual tokens that are read, (length, columns).
 
         Args:
-            task: The task, for tables with several.
+            task: The task, for tables with several; or those of all rows, (batch,), which give (batch, length, columns).
         """
         return self()[: self.length]
 

@@ -76,6 +76,7 @@ class Prompts(BaseTunerLayer):
         self._shared_mask: tuple[tuple[Any, ...], Any] | None = None
         self._recording: dict[int, Pair] | None = None
         self._task_plan: MixedPlan | None = None
+        self._task_rows: torch.Tensor | None = None
         self.captured: dict[str, list[Pair]] = {}
         self.prepended: int | None = None
         self.is_capturing = False
@@ -83,7 +84,7 @@ class Prompts(BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         transient = (
-            "_pieces", "_held", "_shared_mask", "_recording", "_task_plan", "captured", "prepended", "is_capturing", "whole"
+            "_pieces", "_held", "_shared_mask", "_recording", "_task_plan", "_task_rows", "captured", "prepended", "is_capturing", "whole"
         )  # fmt: skip
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
@@ -418,6 +419,14 @@ class Prompts(BaseTunerLayer):
         Raises:
             ValueError: No adapter of the batch has tasks, or the numbers do not fit it or the batch.
         """
+        if torch.compiler.is_compiling() and not self.is_mixed:
+            # What the numbers are cannot be known while a graph is made: all rows are gathered at once.
+            before_rows, self._task_rows = self._task_rows, torch.as_tensor(task_ids)
+            try:
+                yield
+            finally:
+                self._task_rows = before_rows
+            return
         mixed = None if self._disable_adapters else self._shared.plan
         ids = _task_numbers(task_ids, rows if mixed is None else len(mixed.names))
         own = [n for n in self._active_adapter if n in self.placements]
@@ -439,6 +448,11 @@ class Prompts(BaseTunerLayer):
             yield
         finally:
             self._task_plan = before
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether each row of the batch has virtual tokens of its own."""
+        return self._task_rows is not None
 
     @contextlib.contextmanager
     def only(self, name: str) -> Iterator[None]:
@@ -470,9 +484,12 @@ class Prompts(BaseTunerLayer):
         return self._table(name).loss
 
     def tokens(self, name: str) -> torch.Tensor:
-        """Virtual tokens of an adapter, (tokens, size); of all active ones for the empty name, and none for the plain model."""
+        """Virtual tokens of an adapter, (tokens, size); of all active ones for the empty name, and none for the plain model.
+
+        Where each row has its own, in a compiled graph, (batch, tokens, size).
+        """
         names = self.token_names() if not name else [name] if self.placements.get(_adapter(name)) == "tokens" else []
-        tables = [self._table(n).tokens(_task(n)) for n in names]
+        tables = [self._table(n).tokens(_task(n) if self._task_rows is None else self._task_rows) for n in names]
         if not tables:
             return torch.empty(0, self._outside.model.get_input_embeddings().weight.shape[1])
         return tables[0] if len(tables) == 1 else torch.cat(tables)

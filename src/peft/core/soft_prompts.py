@@ -104,7 +104,7 @@ class Prepend:
     def _wants_prefix(self, module: Any, call: dict[str, Any], cache: Any, filled: bool) -> bool:
         if filled:
             return True
-        if self.holder.whole or torch.is_grad_enabled():
+        if self.holder.whole or torch.is_grad_enabled() or self.holder.rows_differ:
             return False
         use_cache = call.get("use_cache")
         return cache is not None or bool(getattr(module.config, "use_cache", False) if use_cache is None else use_cache)
@@ -192,7 +192,8 @@ def join(
     Args:
         holder: What holds the virtual tokens.
         rest: (batch, length, …).
-        front: Gives what stands in front of rows of an adapter, (virtual tokens, …); the empty name means the active ones.
+        front: Gives what stands in front of rows of an adapter, (virtual tokens, …) or (batch, virtual tokens, …); the empty name means
+            the active ones.
         change: Changes the rest of these rows.
     """
     plan = holder.plan()
@@ -202,9 +203,10 @@ def join(
         part = rest if rows is None else rest.index_select(0, rows)
         first = front(name)
         part = part if change is None else change(name, part)
-        pieces = [first.expand(part.shape[0], *first.shape), part]
-        if first.shape[0] < longest:
-            pieces.append(part.new_zeros(part.shape[0], longest - first.shape[0], *part.shape[2:]))
+        first = first if first.dim() == part.dim() else first.expand(part.shape[0], *first.shape)
+        pieces = [first, part]
+        if first.shape[1] < longest:
+            pieces.append(part.new_zeros(part.shape[0], longest - first.shape[1], *part.shape[2:]))
         return torch.cat(pieces, dim=1)
 
     return run("", None) if plan is None else by_rows(plan, rest, "virtual tokens", run)

@@ -108,8 +108,8 @@ class MultitaskPromptEmbedding(PromptTable):
         self.prefix_task_cols = nn.Parameter(torch.normal(0, 0.02, (self.tasks, rows, config.num_ranks)))
         self.prefix_task_rows = nn.Parameter(torch.normal(0, 0.02, (self.tasks, config.num_ranks, config.token_dim)))
 
-    def tokens(self, task: int | None = None) -> torch.Tensor:
-        """The virtual tokens of a task, (tokens, size).
+    def tokens(self, task: int | torch.Tensor | None = None) -> torch.Tensor:
+        """The virtual tokens of a task, (tokens, size), or of each row's, (batch, tokens, size).
 
         Raises:
             ValueError: No task was named, and there are several.
@@ -121,8 +121,12 @@ class MultitaskPromptEmbedding(PromptTable):
                     "each row, from 0 on. A model without a PeftModel around it takes none."
                 )
             task = 0
-        change = self.prefix_task_cols[task, : self.length] @ self.prefix_task_rows[task]
-        return self()[: self.length] * change
+        cols, rows = self.prefix_task_cols, self.prefix_task_rows
+        if isinstance(task, torch.Tensor):  # index_select, since it refuses negative numbers
+            cols, rows = (t.index_select(0, task.to(t.device)) for t in (cols, rows))
+        else:
+            cols, rows = cols[task], rows[task]
+        return self()[: self.length] * (cols[..., : self.length, :] @ rows)
 
 
 class MultitaskPromptTuningModel(TokenTuner):
