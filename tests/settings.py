@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,13 @@ import torch
 import tiny
 from peft import (
     BottleneckConfig,
+    CartridgeConfig,
+    CPTConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -91,6 +94,15 @@ def _prompts(
         has_targets=False,
         wrong=({"num_virtual_tokens": 0}, {"num_virtual_tokens": "5"}),
     )
+
+
+def context(**options: Any) -> CPTConfig:
+    """CPT on a context of one example, behind a token of an instruction, with bounds that let it matter."""
+    ids = options.pop("cpt_token_ids", [3, 14, 15, 9, 26])
+    kinds = [0, 1, 2, 3, 4][: len(ids)]
+    bounds = {"opt_projection_epsilon": 20.0, "opt_projection_format_epsilon": 9.0}
+    options = {"num_virtual_tokens": len(ids), **options, "cpt_token_ids": ids, "cpt_tokens_type_mask": kinds}
+    return CPTConfig(**{**bounds, **options})
 
 
 def ia3(**options: Any) -> IA3Config:
@@ -189,6 +201,14 @@ SETTINGS = (
         bases=(tiny.LLAMA, tiny.T5),
         num_virtual_tokens=[3, 5],
         reparameterization="mlp",
+    ),
+    _prompts("multitask-prompt", MultitaskPromptTuningConfig, bases=(tiny.BERT, tiny.LLAMA, tiny.T5), num_ranks=2),
+    _prompts("cartridge", CartridgeConfig, bases=(tiny.LLAMA, tiny.T5), num_frozen_tokens=2),
+    replace(
+        _prompts("cpt", context, bases=(tiny.GPT2, tiny.LLAMA)),
+        config=context,
+        second={"cpt_token_ids": [7, 21, 4]},
+        wrong=({"cpt_token_ids": [5, 10_000]}, {"cpt_token_ids": [7], "num_virtual_tokens": 3}),
     ),
 )
 

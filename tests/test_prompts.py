@@ -21,7 +21,9 @@ from transformers import (
 
 import tiny
 from peft import (
+    CartridgeConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -47,9 +49,11 @@ METHODS = {
     "projection": lambda **kw: PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=7, **kw),
     "p-tuning-v2": lambda **kw: PTuningV2Config(reparameterization="embedding", **kw),
     "p-tuning-v2-mlp": lambda **kw: PTuningV2Config(reparameterization="mlp", encoder_hidden_size=7, **kw),
+    "multitask": MultitaskPromptTuningConfig,
+    "cartridge": CartridgeConfig,
 }
-MADE = [name for name in METHODS if name not in ("prefix", "prompt", "p-tuning-v2")]
-PREFIXES = ("prefix", "projection", "p-tuning-v2", "p-tuning-v2-mlp")
+MADE = ["p-tuning", "p-tuning-lstm", "projection", "p-tuning-v2-mlp"]  # by a network, while they train
+PREFIXES = ("prefix", "projection", "p-tuning-v2", "p-tuning-v2-mlp", "cartridge")
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -316,7 +320,7 @@ def test_embeddings_from_the_user_and_positions_from_the_user(method, base):
         count = model(inputs_embeds=embeds).logits.shape[1]
         torch.testing.assert_close(model(inputs_embeds=embeds).logits[:, -6:], expected)
         torch.testing.assert_close(model(**inputs, position_ids=positions).logits[:, -6:], expected)
-    assert count == (6 if method in PREFIXES else 11)
+        assert count == (6 if method in PREFIXES else 11)
 
 
 def test_the_projection_is_computed_once_a_step_whatever_the_batch():

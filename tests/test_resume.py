@@ -24,7 +24,7 @@ OFTEN = {
 CASES = OFTEN | {
     name: {"name": name}
     for name in methods()
-    if name.islower() and name not in (*OFTEN, "trainable-tokens") and "_" not in name
+    if name.islower() and name not in (*OFTEN, "trainable-tokens", "cpt") and "_" not in name
 }
 CASES["p-tuning-v2 with a network"] = {"name": "p-tuning-v2", "reparameterization": "mlp"}
 SLOW = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in CASES]

@@ -26,10 +26,18 @@ _PLACES = {
     "core.files": ("load_peft_weights",),
     "core.preparation": ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"),
     "tuners.bottleneck": ("BottleneckConfig", "BottleneckModel"),
+    "tuners.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
+    "tuners.cartridge.utils": (
+        "compose_cartridge_adapters", "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
+    ),
+    "tuners.cpt": ("CPTConfig", "CPTEmbedding"),
     "tuners.ia3": ("IA3Config", "IA3Model"),
     "tuners.loha": ("LoHaConfig", "LoHaModel"),
     "tuners.lokr": ("LoKrConfig", "LoKrModel"),
     "tuners.lora": ("LoraConfig", "LoraModel", "LoraRuntimeConfig"),
+    "tuners.multitask_prompt_tuning": (
+        "MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit",
+    ),
     "tuners.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "tuners.p_tuning_v2": ("PTuningV2Config",),
     "tuners.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
@@ -108,6 +116,15 @@ if TYPE_CHECKING:
     from .task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from .tuners.bottleneck import BottleneckConfig as BottleneckConfig
     from .tuners.bottleneck import BottleneckModel as BottleneckModel
+    from .tuners.cartridge import CartridgeConfig as CartridgeConfig
+    from .tuners.cartridge import CartridgeEncoder as CartridgeEncoder
+    from .tuners.cartridge.utils import compose_cartridge_adapters as compose_cartridge_adapters
+    from .tuners.cartridge.utils import (
+        initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+    )
+    from .tuners.cartridge.utils import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+    from .tuners.cpt import CPTConfig as CPTConfig
+    from .tuners.cpt import CPTEmbedding as CPTEmbedding
     from .tuners.ia3 import IA3Config as IA3Config
     from .tuners.ia3 import IA3Model as IA3Model
     from .tuners.loha import LoHaConfig as LoHaConfig
@@ -117,6 +134,9 @@ if TYPE_CHECKING:
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
     from .tuners.lora import LoraRuntimeConfig as LoraRuntimeConfig
+    from .tuners.multitask_prompt_tuning import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+    from .tuners.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from .tuners.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit
     from .tuners.p_tuning import PromptEncoder as PromptEncoder
     from .tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from .tuners.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType

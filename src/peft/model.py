@@ -35,12 +35,16 @@ from .core.injection import check_adapter_name, inject
 from .core.layer import AdapterLayer
 from .core.mixed import MixedPlan, batch_size_of, check_names, planned
 from .core.model_card import model_card
+from .core.own_loss import own_loss
 from .core.preparation import enable_input_gradients, is_checkpointing
 from .core.prompts import NAME as PROMPTS
 from .core.prompts import Prompts
 from .core.soft_prompts import whole_outputs
 from .core.undo import undone_on_failure
 from .registry import get_method, in_form
+
+_ROW_ARGUMENTS = {"adapter_names", "allow_mixed_training", "task_ids"}
+"""Arguments of a call that say something of each row of its batch, to this library alone."""
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -250,27 +254,54 @@ class PeftModel(PushToHubMixin, nn.Module):
         Args:
             *args: Passed on.
             **kwargs: Passed on, but for ``adapter_names``: one adapter name per row of the batch, ``"__base__"`` for the plain
-                model; and ``allow_mixed_training``: let such a batch be used in training mode.
+                model; ``allow_mixed_training``: let such a batch be used in training mode; and ``task_ids``, (batch,): the task
+                of each row, for multitask prompts.
 
         Raises:
-            ValueError: ``adapter_names`` of the wrong length or with an unknown name, or while adapters are merged.
+            ValueError: ``adapter_names`` of the wrong length or with an unknown name, or while adapters are merged; ``task_ids`` that
+                do not fit.
         """
-        if "adapter_names" not in kwargs and "allow_mixed_training" not in kwargs:
-            if self.prompts is None or self.position_labels is None:
-                return self.base_model(*args, **kwargs)
-            with whole_outputs(self.prompts, kwargs, self.position_labels) as changed:
-                return self.base_model(*args, **changed)
-        with self._mixed(args, kwargs, expands=False) as rest:
-            return self.base_model(*args, **rest)
+        if not _ROW_ARGUMENTS & kwargs.keys():
+            return self._run(args, kwargs)
+        with self._rows(args, kwargs, expands=False) as rest:
+            return self._run(args, rest)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.prompts is None or self.position_labels is None:
+            return self.base_model(*args, **kwargs)
+        kwargs, weigh = own_loss(self.prompts, kwargs)
+        with whole_outputs(self.prompts, kwargs, self.position_labels) as changed:
+            output = self.base_model(*args, **changed)
+        return output if weigh is None else weigh(output)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model's ``generate``; ``adapter_names`` as in :meth:`forward`."""
+        """Call the base model's ``generate``; ``adapter_names`` and ``task_ids`` as in :meth:`forward`."""
         generate = self.get_base_model().generate  # type: ignore[operator]
         with self.prompts.held() if self.prompts is not None else contextlib.nullcontext():
-            if "adapter_names" not in kwargs:
+            if not _ROW_ARGUMENTS & kwargs.keys():
                 return generate(*args, **kwargs)
-            with self._mixed(args, kwargs, expands=True) as rest:
+            with self._rows(args, kwargs, expands=True) as rest:
                 return generate(*args, **rest)
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether any adapter has virtual tokens of its own for several tasks, so that ``task_ids`` mean something."""
+        return self.prompts is not None and self.prompts.has_tasks
+
+    @contextlib.contextmanager
+    def _rows(self, args: Sequence[Any], kwargs: dict[str, Any], *, expands: bool) -> Iterator[dict[str, Any]]:
+        """Within this context each row of a batch has the adapter and the task that a call names for it; gives the other arguments."""
+        with self._mixed(args, kwargs, expands=expands) as rest:
+            if not self.takes_tasks:  # then `task_ids` are the base model's, if it has any
+                yield rest
+                return
+            assert self.prompts is not None
+            task_ids = rest.pop("task_ids", None)
+            rows = batch_size_of(args, rest)
+            with (
+                contextlib.nullcontext() if task_ids is None else self.prompts.by_task(task_ids, rows, expands=expands)
+            ):
+                yield rest
 
     @contextlib.contextmanager
     def _mixed(self, args: Sequence[Any], kwargs: dict[str, Any], *, expands: bool) -> Iterator[dict[str, Any]]:

@@ -51,6 +51,12 @@ _METHODS: dict[str, Method] = {
         Method("PROMPT_TUNING", "peft.tuners.prompt_tuning", "PromptTuningConfig", "PromptTuningModel"),
         Method("P_TUNING", "peft.tuners.p_tuning", "PromptEncoderConfig", "PromptEncoderModel"),
         Method("P_TUNING_V2", "peft.tuners.p_tuning_v2", "PTuningV2Config", "PTuningV2Model"),
+        Method(
+            "MULTITASK_PROMPT_TUNING", "peft.tuners.multitask_prompt_tuning", "MultitaskPromptTuningConfig",
+            "MultitaskPromptTuningModel",
+        ),
+        Method("CARTRIDGE", "peft.tuners.cartridge", "CartridgeConfig", "CartridgeModel"),
+        Method("CPT", "peft.tuners.cpt", "CPTConfig", "CPTModel"),
     )
 }  # fmt: skip
 

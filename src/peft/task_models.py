@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .config import PeftConfig, TaskType
+from .core.prompts import NO_TASKS
 from .model import PeftModel
 
 
@@ -20,8 +21,6 @@ def _task_forward(*names: str) -> Any:
     """
 
     def forward(self: PeftModel, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        if task_ids is not None:
-            raise ValueError("`task_ids` is for multitask prompts; this adapter's method has none.")
         if len(args) > len(names):
             raise TypeError(
                 f"forward() takes at most {len(names)} positional arguments ({', '.join(names)}), got {len(args)}."
@@ -30,6 +29,10 @@ def _task_forward(*names: str) -> Any:
         if twice := sorted(given.keys() & kwargs.keys()):
             raise TypeError(f"forward() got {twice} both by position and by name.")
         given = {k: v for k, v in {**given, **kwargs}.items() if v is not None or k not in names}
+        if task_ids is not None:
+            if not self.takes_tasks:
+                raise ValueError(NO_TASKS)
+            given["task_ids"] = task_ids
         return PeftModel.forward(self, **given)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -69,6 +69,7 @@ class Case:
         mixed: One adapter a row can be asked for.
         merge: Merging is compared.
         generate: Greedy generation is compared.
+        steps: Number of steps of training that are compared.
         tolerance: For outputs and gradients, relative to the largest value, at least 1.
         more_here: Names of sections where this library does more than the peer on purpose; they are left out of the
             comparison.
@@ -88,6 +89,7 @@ class Case:
     mixed: bool = False
     merge: bool = True
     generate: bool = False
+    steps: int = 0
     tolerance: float = FP32_TOLERANCE
     more_here: tuple[str, ...] = ()
 
@@ -210,6 +212,7 @@ TIED = (
 
 def virtual(name: str, method: str, base: str, task: str, more_here: tuple[str, ...] = (), **values: Any) -> Case:
     """A case with virtual tokens."""
+    steps = values.pop("steps", 0)
     adapter = Adapter({"num_virtual_tokens": 5, **values}, method=method, noise=0.5)
     if not task.endswith("LM"):  # there the peer cannot switch virtual tokens off
         more_here += ("outputs without adapters",)
@@ -219,8 +222,22 @@ def virtual(name: str, method: str, base: str, task: str, more_here: tuple[str, 
         or (task == "TOKEN_CLS" and "Prefix" not in method)
     ):
         more_here += ("loaded gradients",)  # which the peer does not train once loaded, or not with labels
-    return Case(name, base, (adapter,), task, merge=False, more_here=(*VIRTUAL, *more_here))
+    return Case(name, base, (adapter,), task, merge=False, steps=steps, more_here=(*VIRTUAL, *more_here))
 
+
+# The peer's frozen parameters are buffers here, and it cannot train a loaded adapter of these kinds.
+FROZEN = ("counts", "printed", "flags after activating", "loaded gradients")
+
+# An instruction and two examples for CPT.
+CONTEXT = {
+    "cpt_token_ids": [7, 12, 31, 40, 8, 55, 31, 23, 40],
+    "cpt_tokens_type_mask": [0, 1, 2, 3, 4, 5, 6, 7, 8],
+    "cpt_mask": [1] * 9,
+    "opt_projection_epsilon": 9.0,
+    "opt_projection_format_epsilon": 5.0,
+    "opt_weighted_loss_type": "decay",
+    "opt_loss_decay_factor": 0.7,
+}
 
 CASES: tuple[Case, ...] = (
     # BERT: every task that has a model class of its own, and a base without a task.
@@ -614,6 +631,19 @@ CASES: tuple[Case, ...] = (
             ("llama", "CAUSAL_LM"),
             ("t5", "SEQ_2_SEQ_LM"),
         )
+    ),
+    # On an encoder-decoder the peer trains further tokens in the decoder, which its `generate` leaves out.
+    *(
+        virtual(f"multitask-{base}", "MultitaskPromptTuningConfig", base, task, num_tasks=3, num_ranks=2, steps=4)
+        for base, task in (("bert-classifier", "SEQ_CLS"), ("llama", "CAUSAL_LM"))
+    ),
+    *(
+        virtual(f"cartridge-{base}", "CartridgeConfig", base, task, FROZEN, num_frozen_tokens=2, steps=4)
+        for base, task in (("bert-classifier", "SEQ_CLS"), ("llama", "CAUSAL_LM"))
+    ),
+    *(
+        virtual(f"cpt-{base}", "CPTConfig", base, "CAUSAL_LM", FROZEN, num_virtual_tokens=9, steps=12, **CONTEXT)
+        for base in ("gpt2", "llama")
     ),
     virtual("prefix-zero", "PrefixTuningConfig", "bert-classifier", "SEQ_CLS", init_weights="zero"),
     virtual(

@@ -88,9 +88,9 @@ def trainable(model: nn.Module) -> list[str]:
 
 
 def parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """All parameters by name; the peer has a module of its own between an embedding and its trained rows, and virtual tokens stand
-    inside the base model here and beside it in the peer."""
-    named = model.named_parameters()
+    """All parameters by name; the peer has a module of its own between an embedding and its trained rows, virtual tokens stand
+    inside the base model here and beside it in the peer, and those that are never trained are buffers here."""
+    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith(".frozen_embedding"))]
     return [(n.replace(".token_adapter.", ".").removeprefix("base_model.peft_prompts."), param) for n, param in named]
 
 
@@ -143,14 +143,33 @@ class Patient:
         if BASES[self.case.base].inputs == "seq2seq":
             inputs["decoder_input_ids"] = self.labels["labels"]
         with torch.no_grad():
-            return outputs(model(**inputs))
+            return outputs(model(**inputs, **self.tasks(model)))
+
+    def tasks(self, model: Any) -> dict[str, torch.Tensor]:
+        """The task of each row, where the adapter has tasks."""
+        has_tasks = any("num_tasks" in adapter.values for adapter in self.case.adapters)
+        return {"task_ids": torch.tensor([2, 0, 1])} if has_tasks and isinstance(model, peft.PeftModel) else {}
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Losses of steps of training, and what they lead to."""
+        model = copy.deepcopy(self.model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0.1)
+        losses = []
+        for _ in range(self.case.steps):
+            optimizer.zero_grad()
+            loss = model(**self.inputs, **self.labels, **self.tasks(model)).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        return {"losses": torch.stack(losses), **tensors, **self.run(model)}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Loss and gradients of everything that trains, in training mode unless the adapter has dropout."""
         dropout = any(v for adapter in self.case.adapters for k, v in adapter.values.items() if k.endswith("dropout"))
         self.model.train(not dropout)
         self.model.zero_grad(set_to_none=True)
-        result = self.model(**self.inputs, **self.labels)
+        result = self.model(**self.inputs, **self.labels, **self.tasks(self.model))
         if self.labels:
             loss = result.loss
         else:
@@ -165,7 +184,12 @@ class Patient:
     def generated(self, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Greedy continuations."""
         ids = self.model.generate(
-            **self.inputs, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, **kwargs
+            **self.inputs,
+            **self.tasks(self.model),
+            do_sample=False,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            **kwargs,
         )
         return {"ids": ids}
 
@@ -261,6 +285,8 @@ def randomise(patient: Patient) -> None:
                 continue
             seen.add(param.data_ptr())
             owner = next((a for a in patient.case.adapters if f".{a.name}." in f"{name}."), patient.case.adapters[0])
+            if owner.method == "CPTConfig" and not param.requires_grad:
+                continue  # the context, which is the base model's
             if belongs(name, patient.case) or param.requires_grad:
                 param.copy_(owner.centre + owner.noise * numbers(f"{owner.name}/{name}", param.shape))
 
@@ -308,6 +334,8 @@ def observe(record: Record, patient: Patient, raw_keys: set[str]) -> None:
     if case.generate:
         record.note("generated", patient.generated)
     record.note("gradients", patient.gradients)
+    if case.steps:
+        record.note("trained", patient.trained)
     if case.merge:
         record.note("merged", lambda: patient.merged(first))
         if case.together:

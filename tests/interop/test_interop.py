@@ -260,6 +260,11 @@ def test_outputs_with_the_same_weights(lab: Lab, case: Case) -> None:
         same_made(lab, case, f"outputs of {adapter.name}")
 
 
+@over([case for case in CASES if case.steps])
+def test_training_takes_the_same_steps(lab: Lab, case: Case) -> None:
+    same_made(lab, case, "trained")
+
+
 @over(among(TOGETHER, WRAPPED), "status together")
 def test_status_with_several_active(lab: Lab, case: Case) -> None:
     same_made(lab, case, "status together")

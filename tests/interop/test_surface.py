@@ -56,6 +56,10 @@ FUNCTIONS = (
         for name in ("task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_ties")
     ),
     *(f"peft.utils.merge_utils.{name}" for name in ("calculate_majority_sign_mask", "reshape_weight_task_tensors")),
+    "peft.compose_cartridge_adapters",
+    "peft.initialize_kv_prefix_from_past_key_values",
+    "peft.initialize_kv_prefix_from_text",
+    "peft.tuners.cartridge.utils.prompt_embeddings_from_past_key_values",
 )
 
 # Class -> its members. "" is the class itself: its bases, and its fields if it is a dataclass.
@@ -120,6 +124,13 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "peft.IA3Config": ("",),
     "peft.LoHaConfig": ("",),
     "peft.LoKrConfig": ("",),
+    "peft.MultitaskPromptTuningConfig": ("",),
+    "peft.CartridgeConfig": ("",),
+    "peft.CPTConfig": ("",),
+    "peft.MultitaskPromptTuningInit": ("",),
+    "peft.tuners.multitask_prompt_tuning.MultitaskPromptEmbedding": ("",),
+    "peft.tuners.cartridge.CartridgeEncoder": ("",),
+    "peft.tuners.cpt.CPTEmbedding": ("",),
     "peft.IA3Model": ("", "add_weighted_adapter", "merge_and_unload", "prefix", "unload"),
     "peft.LoHaModel": ("", "merge_and_unload", "prefix", "unload"),
     "peft.LoKrModel": ("", "merge_and_unload", "prefix", "unload"),

@@ -438,6 +438,8 @@ def _carry_out(model: nn.Module, assignments: list[tuple[str, torch.Tensor]], ad
     for own_key, tensor in assignments:
         _assign(model, own_key, tensor, made)
     _materialise(model, adapter_name)
+    for _, layer in adapted_modules(model):
+        layer.loaded(adapter_name)
 
 
 def placed(key: str, places: Mapping[str, str], inner: str = "") -> str | None:

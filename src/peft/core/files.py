@@ -221,9 +221,7 @@ def load_peft_weights(
         path = fetch(model_id, name, subfolder, **download)
         if path is None:
             return None
-        return (
-            _read_safetensors(path, str(target)) if name.endswith(".safetensors") else _read_pickle(path, str(target))
-        )
+        return read_tensors(path, str(target))
 
     tensors = next((t for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (t := read(n)) is not None), None)
     if tensors is None:
@@ -237,6 +235,19 @@ def load_peft_weights(
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, k): v for k, v in tensors.items()}
     return tensors
+
+
+def read_tensors(path: str, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Read one file of tensors.
+
+    Args:
+        path: The file: safetensors, or, by any other ending, a pickle of tensors alone.
+        device: Where to put them.
+
+    Raises:
+        ValueError: It is damaged, or holds more than tensors.
+    """
+    return _read_safetensors(path, device) if path.endswith(".safetensors") else _read_pickle(path, device)
 
 
 def load_training_weights(

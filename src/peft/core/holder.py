@@ -191,6 +191,9 @@ class BaseTunerLayer(nn.Module):
         """
         return None
 
+    def loaded(self, name: str) -> None:
+        """Finish what :meth:`adjust_to` began, after an adapter's tensors were written."""
+
     def let_go(self) -> None:
         """Give modules that are not under this one back what was changed about them."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -72,6 +73,24 @@ class Layout:
         return torch.cat(list(pieces), 0 if self.flat else 1)
 
 
+FILE_KEY = "prompt_embeddings"
+"""The table's name in an adapter's file."""
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A method's own loss.
+
+    Args:
+        function: Takes logits of virtual and real tokens, (batch, virtual tokens + length, vocabulary), labels of the real ones, and
+            ``inputs`` by name.
+        inputs: Arguments of a call that it alone reads.
+    """
+
+    function: Callable[..., torch.Tensor]
+    inputs: tuple[str, ...]
+
+
 class PromptTable(nn.Module):
     """One adapter's virtual tokens, shape (tokens, embedding size), or prefix, whose shape its layout tells.
 
@@ -88,15 +107,37 @@ class PromptTable(nn.Module):
     layout: Layout | None = None
     """Where the keys and values of a prefix belong."""
 
+    file_keys: ClassVar[Mapping[str, str]] = {FILE_KEY: "embedding.weight"}
+    """What the file of a folded table holds: keys there, and keys in this module."""
+
+    is_always_needed: ClassVar[bool] = False
+    """Whether an adapter that is only used needs this module too, rather than a plain table."""
+
+    takes_table: ClassVar[bool] = False
+    """Whether the parameters of a table that is not folded follow from the finished table, see :meth:`take`."""
+
+    tasks: int = 0
+    """Number of tasks with virtual tokens of their own; 0: all rows of a batch get the same."""
+
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(rows, columns)
+        self.loss: OwnLoss | None = None
+        """What the method computes the loss by, where it is not the base model's."""
         self.length = rows
         """Number of virtual tokens. Files of encoder-decoders have more rows, of which the first are read."""
 
     def forward(self) -> torch.Tensor:
         """The table, (rows, columns)."""
         return self.embedding.weight
+
+    def tokens(self, task: int | torch.Tensor | None = None) -> torch.Tensor:
+        """The virtual tokens that are read, (length, columns).
+
+        Args:
+            task: The task, for tables with several; or those of all rows, (batch,), which give (batch, length, columns).
+        """
+        return self()[: self.length]
 
     def expect(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Get ready for the parameters of another table of the same configuration."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,8 +18,9 @@ from . import prefixes
 from .injection import Placed
 from .layer import HALF
 from .positions import has_relative_bias, longest_input, position_modules
-from .prompt_table import CROSS, ENCODER, MAIN, Layout, Where
-from .prompts import FILE_KEY, NAME, Placement, Prompts, PromptTable
+from .prefixes import Pair
+from .prompt_table import CROSS, ENCODER, FILE_KEY, MAIN, Layout, OwnLoss, Where
+from .prompts import NAME, Placement, Prompts, PromptTable
 from .tokens import real_tokens
 from .tuner import BaseTuner
 
@@ -36,6 +38,8 @@ class Geometry:
         positions: Number of positions that the model knows; ``None``: no limit.
         stacks: 2 for encoder-decoders, 1 for others.
         is_decoder: Whether the layers are those of a decoder.
+        is_causal: Whether it is a causal language model.
+        vocabulary: Number of tokens that the model knows.
         others: Number of layers of further parts that take prefixes: an encoder's, and those of attention to it.
         refused: Why parts of the model take none.
     """
@@ -47,7 +51,9 @@ class Geometry:
     queries: int | None
     positions: int | None
     stacks: int
-    is_decoder: bool = True
+    is_decoder: bool
+    is_causal: bool
+    vocabulary: int
     others: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -72,6 +78,10 @@ class PromptTuner(BaseTuner):
     """
 
     placement: ClassVar[Placement]
+    table_cls: ClassVar[type[PromptTable]] = PromptTable
+    """The class of the module that :meth:`make_table` gives, where loading has to know it."""
+    loss_inputs: ClassVar[tuple[str, ...] | None] = None
+    """Arguments of a call that :meth:`loss` alone reads; ``None``: the loss is the base model's own."""
     is_outer = False
 
     # -- what a method says ----------------------------------------------------------------------------------------
@@ -108,6 +118,18 @@ class PromptTuner(BaseTuner):
     def start(cls, table: PromptTable, config: Any, holder: Prompts, model: nn.Module) -> None:
         """Give a new table its first values, in place."""
 
+    @classmethod
+    def loss(cls, config: Any, logits: torch.Tensor, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The loss of a batch, for methods with ``loss_inputs``.
+
+        Args:
+            config: The adapter's configuration.
+            logits: Those of virtual and real tokens, (batch, virtual tokens + length, vocabulary).
+            labels: Those of the real tokens, (batch, length); -100 does not count.
+            **inputs: Those of ``loss_inputs`` that were given.
+        """
+        raise NotImplementedError
+
     # -- the engine ------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -142,8 +164,10 @@ class PromptTuner(BaseTuner):
     def file_renamings(cls, adapter_name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         # These files say `base_model` where those of weight methods say `base_model.model`; transformers writes the latter for all.
         heads = "|".join(dict.fromkeys(h for names in _HEADS.values() for h in names))
-        outer = [(rf"^base_model\.model\.(?=({FILE_KEY}|{heads})\b)", ""), (r"^base_model\.", "")]
-        return outer, [(rf"^{FILE_KEY}$", f"{NAME}.prompt_encoder.{adapter_name}.embedding.weight")]
+        keys = "|".join(cls.table_cls.file_keys)
+        outer = [(rf"^base_model\.model\.(?=({keys}|{heads})\b)", ""), (r"^base_model\.", "")]
+        table = f"{NAME}.prompt_encoder.{adapter_name}"
+        return outer, [(rf"^{key}$", f"{table}.{own}") for key, own in cls.table_cls.file_keys.items()]
 
 
 class TokenTuner(PromptTuner):
@@ -241,13 +265,22 @@ class PrefixTuner(PromptTuner):
         """Start from the base model's own keys and values: a prefix that every layer already knows how to read."""
         layout = table.layout
         assert layout is not None
-        pairs = holder.keys_values_of(real_tokens(model, max(layout.lengths)), layout.reach)
-        size = holder.heads * holder.head_size
-        pieces = [torch.zeros(n, 2 * size, device="cpu") for n in layout.lengths]
-        for where, place in layout.places.items():
-            key, value = (t.transpose(0, 1).flatten(1).float().cpu() for t in pairs[where])
-            pieces[place] = torch.cat([key, value], 1)[: layout.lengths[place]]
-        table.begin(pieces)
+        table.begin(pieces_of(holder.keys_values_of(real_tokens(model, max(layout.lengths)), layout.reach), layout))
+
+
+def pieces_of(pairs: Mapping[Where, Pair], layout: Layout) -> list[torch.Tensor]:
+    """What each place of a layout holds if layers get the first of these keys and values, (length, 2 · key size), in float32.
+
+    Args:
+        pairs: For each layer its keys and its values, (heads, tokens, head size).
+        layout: The layout. Of layers that share a place the last one counts; a place that no layer reads is zero.
+    """
+    heads, _, size = next(iter(pairs.values()))[0].shape
+    pieces = [torch.zeros(n, 2 * heads * size, device="cpu") for n in layout.lengths]
+    for where, place in layout.places.items():
+        key, value = (t.transpose(0, 1).flatten(1).float().cpu() for t in pairs[where])
+        pieces[place] = torch.cat([key, value], 1)[: layout.lengths[place]]
+    return pieces
 
 
 def check_length(config: Any, geometry: Geometry) -> None:
@@ -307,9 +340,11 @@ def build_table(
     device, dtype = holder.device_and_dtype()
     if in_float32 and dtype in HALF:
         dtype = torch.float32
-    if on_meta:
+    kind = tuner.table_cls
+    if on_meta and (config.inference_mode or not kind.takes_table):
         device = torch.device("meta")
-    is_plain = on_meta or config.inference_mode  # to be filled from a file, which holds the table alone
+    # Where a file is to be read that holds the table alone, a plain one will do.
+    is_plain = not kind.is_always_needed and (config.inference_mode or (on_meta and not kind.takes_table))
     with torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
         if is_plain:
             table = PromptTable(*tuner.table_shape(config, geometry))
@@ -317,7 +352,9 @@ def build_table(
             table = tuner.make_table(config, geometry, model)
     table.layout = tuner.layout(config)
     table.length = config.num_virtual_tokens if table.layout is None else max(table.layout.lengths)
-    if not is_plain and device.type != "meta":
+    if tuner.loss_inputs is not None:
+        table.loss = OwnLoss(functools.partial(tuner.loss, config), tuner.loss_inputs)
+    if not is_plain and not config.inference_mode and device.type != "meta":
         with torch.no_grad():
             tuner.start(table, config, holder, model)
     return table.to(device=device, dtype=dtype)
@@ -372,10 +409,23 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
         positions=longest_input(positions[MAIN]),
         stacks=2 if two else 1,
         is_decoder=all(getattr(m, "is_causal", True) for m, _ in layers[MAIN]),
+        is_causal=False,
+        vocabulary=embedding.weight.shape[0],
         others={part: len(found) for part, found in layers.items() if part != MAIN},
         refused=refused,
     )
-    return geometry, Prompts(model, layers, shape, stacks)
+    holder = Prompts(model, layers, shape, stacks)
+    return dataclasses.replace(geometry, is_causal=_is_causal(model, holder)), holder
+
+
+def _is_causal(model: Any, holder: Prompts) -> bool:
+    """Whether a model predicts each token from those before it."""
+    try:
+        has_head = model.get_output_embeddings() is not None
+    except (AttributeError, NotImplementedError):
+        has_head = False
+    known = bool(holder.sites[MAIN]) or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return has_head and (holder.is_decoder if known else True)
 
 
 def _why_no_prefix(stack: nn.Module, layers: Sequence[Any], positions: dict[str, nn.Module], part: str) -> str | None:
@@ -389,4 +439,6 @@ def _why_no_prefix(stack: nn.Module, layers: Sequence[Any], positions: dict[str,
     return None
 
 
-__all__ = ["Geometry", "PrefixTuner", "PromptTuner", "TokenTuner", "check_length", "check_part", "check_size", "survey"]
+__all__ = [
+    "Geometry", "PrefixTuner", "PromptTuner", "TokenTuner", "check_length", "check_part", "check_size", "pieces_of", "survey"
+]  # fmt: skip

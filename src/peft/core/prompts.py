@@ -16,13 +16,13 @@ from .holder import BaseTunerLayer
 from .mixed import MixedPlan, Names, adapters_of, by_rows
 from .positions import Shift, position_modules
 from .prefixes import NotePast, Pair, Site
-from .prompt_table import ACTIVE, CROSS, MAIN, Layout, PromptTable, Where
+from .prompt_table import ACTIVE, CROSS, FILE_KEY, MAIN, Layout, OwnLoss, PromptTable, Where
 from .sharding import is_dtensor, whole
 
 NAME = "peft_prompts"
 """The holder's name in the base model."""
-FILE_KEY = "prompt_embeddings"
-"""The table's name in an adapter's file."""
+_TASK = "\0"
+"""Stands between an adapter's name and the number of a task, where rows have tasks: no adapter's name holds it."""
 
 Placement = Literal["prefix", "tokens"]
 
@@ -69,6 +69,7 @@ class Prompts(BaseTunerLayer):
             ]
         self._outside = _Outside(model, stacks)
         self._handles: dict[str, list[Any]] = {}
+        self._unfilled: dict[str, PromptTable] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -77,6 +78,8 @@ class Prompts(BaseTunerLayer):
         self._held: dict[str, tuple[Pair, ...]] = {}
         self._shared_masks: dict[tuple[str, int], tuple[tuple[Any, ...], Any]] = {}
         self._recording: dict[Where, Pair] | None = None
+        self._task_plan: MixedPlan | None = None
+        self._task_rows: torch.Tensor | None = None
         self.captured: dict[Names, list[Pair]] = {}
         self.prepended: int | None = None
         self.is_capturing = False
@@ -84,15 +87,8 @@ class Prompts(BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         transient = (
-            "_pieces",
-            "_held",
-            "_shared_masks",
-            "_recording",
-            "captured",
-            "prepended",
-            "is_capturing",
-            "whole",
-        )
+            "_pieces", "_held", "_shared_masks", "_recording", "_task_plan", "_task_rows", "captured", "prepended", "is_capturing", "whole"
+        )  # fmt: skip
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,8 +134,9 @@ class Prompts(BaseTunerLayer):
     def adapter_tensors(self, name: str) -> Iterator[tuple[str, str, nn.Parameter | torch.Tensor]]:
         if name in self.prompt_encoder:
             table = self._table(name)
-            tensor = table.embedding.weight if table.folded else _fold(table)
-            yield FILE_KEY, f"prompt_encoder.{name}.embedding.weight", tensor
+            for key, own in table.file_keys.items():
+                tensor = table.get_parameter(own) if table.folded else _fold(table)
+                yield key, f"prompt_encoder.{name}.{own}", tensor
 
     def training_tensors(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         if name in self.prompt_encoder and not self._table(name).folded:
@@ -164,20 +161,34 @@ class Prompts(BaseTunerLayer):
             buffers = dict(table._buffers)
             table.expect(inner)
             return lambda: table._buffers.update(buffers)
-        weight = table.embedding.weight
-        if weight.device.type != "meta":
+        weight = next(table.parameters())
+        if table.takes_table and weight.device.type != "meta":
+            self._unfilled[name] = table
+        elif weight.device.type != "meta":
             doubt(
                 f"The file holds the table of adapter {name!r} but not what makes it while it trains, so from now on the table itself "
                 "is the parameter. An optimiser that was made before does not know it: make it anew."
             )
         plain = PromptTable(*table().shape).to(weight)
-        plain.length, plain.layout = table.length, table.layout
+        plain.length, plain.layout, plain.loss = table.length, table.layout, table.loss
         plain.requires_grad_(weight.requires_grad).train(table.training)
         self.prompt_encoder[name] = plain
-        return lambda: self.prompt_encoder.update({name: table})
+
+        def undo() -> None:
+            self.prompt_encoder[name] = self._unfilled.pop(name, table)
+
+        return undo
+
+    def loaded(self, name: str) -> None:
+        """Put the module that makes a table back, and let it make the table that was read."""
+        table = self._unfilled.pop(name, None)
+        if table is not None:
+            with torch.no_grad():
+                table.take(self._table(name)())
+            self.prompt_encoder[name] = table
 
     def _table(self, name: str) -> PromptTable:
-        table = self.prompt_encoder[name]
+        table = self.prompt_encoder[_adapter(name)]
         assert isinstance(table, PromptTable)
         return table
 
@@ -191,7 +202,7 @@ class Prompts(BaseTunerLayer):
 
     def _prefixes(self, names: Names) -> list[str]:
         """Those of them that put keys and values of their own in front, in order."""
-        return [n for n in self._names(names) if self.placements.get(n) == "prefix"]
+        return [n for n in self._names(names) if self.placements.get(_adapter(n)) == "prefix"]
 
     def _kinds(self) -> Sequence[Names]:
         """What acts on rows, each once."""
@@ -398,10 +409,10 @@ class Prompts(BaseTunerLayer):
     def note(self, site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep a layer's keys and values if :meth:`record` asked for them."""
         if self._recording is not None:
-            self._recording[site.where] = key[0], value[0]
+            self._recording[site.where] = key, value
 
     def record(self, run: Callable[[], Any], parts: Iterable[str] = (MAIN,)) -> dict[Where, Pair]:
-        """Keys and values of layers, each (heads, tokens, size), for the first row of the forward pass that ``run`` does.
+        """Keys and values of layers, each (batch, heads, tokens, size), in the forward pass that ``run`` does.
 
         Args:
             run: Does it.
@@ -420,7 +431,7 @@ class Prompts(BaseTunerLayer):
                 self.detach(part)
 
     def keys_values_of(self, input_ids: torch.Tensor, parts: Iterable[str] = (MAIN,)) -> dict[Where, Pair]:
-        """Keys and values that the base model itself gives tokens in each layer.
+        """Keys and values that the base model itself gives tokens in each layer, (heads, tokens, size).
 
         Args:
             input_ids: The tokens, (1, tokens).
@@ -433,7 +444,8 @@ class Prompts(BaseTunerLayer):
             for module in training:
                 module.training = False  # not eval(), to which a model may have given a meaning of its own
             with torch.no_grad():
-                return self.record(lambda: self._outside.run(input_ids.to(self.device_and_dtype()[0])), parts)
+                found = self.record(lambda: self._outside.run(input_ids.to(self.device_and_dtype()[0])), parts)
+            return {where: (key[0], value[0]) for where, (key, value) in found.items()}
         finally:
             for module in training:
                 module.training = True
@@ -443,19 +455,102 @@ class Prompts(BaseTunerLayer):
 
     def plan(self) -> MixedPlan | None:
         """Which rows have which adapter, in a mixed batch."""
-        return None if self._disable_adapters else self._shared.plan
+        return None if self._disable_adapters else self._task_plan or self._shared.plan
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether rows of the batch have different adapters."""
+        return not self._disable_adapters and self._shared.plan is not None
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether any adapter has virtual tokens of its own for several tasks."""
+        return any(self._table(name).tasks for name in self.prompt_encoder)
+
+    @contextlib.contextmanager
+    def by_task(self, task_ids: Any, rows: int | None, *, expands: bool) -> Iterator[None]:
+        """Within this context each row of a batch has the virtual tokens of its task.
+
+        Args:
+            task_ids: Number of the task of each row, (batch,).
+            rows: Number of rows, if it is known.
+            expands: Whether the model may see each row several times in a row, as generation does with beams.
+
+        Raises:
+            ValueError: No adapter of the batch has tasks, or the numbers do not fit it or the batch.
+        """
+        if torch.compiler.is_compiling() and not self.is_mixed:
+            # What the numbers are cannot be known while a graph is made: all rows are gathered at once.
+            before_rows, self._task_rows = self._task_rows, torch.as_tensor(task_ids)
+            try:
+                yield
+            finally:
+                self._task_rows = before_rows
+            return
+        mixed = None if self._disable_adapters else self._shared.plan
+        ids = _task_numbers(task_ids, rows if mixed is None else len(mixed.names))
+        own = [n for n in self._active_adapter if n in self.placements]
+        if not self._disable_adapters and mixed is None and len(own) > 1:
+            raise ValueError(
+                f"`task_ids` are given, but several adapters with virtual tokens are active: {', '.join(own)}. Activate one."
+            )
+        names = mixed.names if mixed is not None else (own[0] if own else ACTIVE,) * len(ids)
+        adapters = {n for one in names for n in adapters_of(one)}
+        tasks = {n: self._table(n).tasks if n in self.placements else 0 for n in adapters}
+        if not self._disable_adapters and mixed is None and not any(tasks.values()):
+            raise ValueError(NO_TASKS)
+        counted = [(i, max(tasks[n] for n in adapters_of(one))) for one, i in zip(names, ids, strict=True)]
+        wrong = sorted({i for i, count in counted if count and not 0 <= i < count})
+        if wrong:
+            known = min(t for t in tasks.values() if t)
+            raise ValueError(f"`task_ids` holds {wrong}, but the adapter has {known} tasks: 0 to {known - 1}.")
+        keys = [_with_task(one, i, tasks) for one, i in zip(names, ids, strict=True)]
+        before, self._task_plan = self._task_plan, None if self._disable_adapters else MixedPlan(keys, expands=expands)
+        try:
+            yield
+        finally:
+            self._task_plan = before
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether each row of the batch has virtual tokens of its own."""
+        return self._task_rows is not None
+
+    @contextlib.contextmanager
+    def only(self, rows: Sequence[Names]) -> Iterator[None]:
+        """Within this context the plan of a batch, if it has one, has these rows."""
+        before = self._shared.plan, self._task_plan
+        if self._shared.plan is not None:
+            self._shared.plan = MixedPlan([_without_tasks(names) for names in rows])
+        if self._task_plan is not None:
+            self._task_plan = MixedPlan(rows)
+        try:
+            yield
+        finally:
+            self._shared.plan, self._task_plan = before
 
     def token_names(self, names: Names) -> list[str]:
         """Those among the adapters that act on rows that have tokens at the input."""
-        return [n for n in self._names(names) if self.placements.get(n) == "tokens"]
+        return [n for n in self._names(names) if self.placements.get(_adapter(n)) == "tokens"]
 
     def token_kinds(self) -> list[Names]:
         """What acts on rows, each once, where there are tokens at the input in it."""
         return [names for names in self._kinds() if self.token_names(names)]
 
+    def token_adapters(self) -> list[str]:
+        """All adapters with tokens at the input that act on any row, each once whatever the tasks of rows."""
+        return list(dict.fromkeys(_adapter(n) for names in self._kinds() for n in self.token_names(names)))
+
+    def loss_of(self, name: str) -> OwnLoss | None:
+        """An adapter's own loss, if its method has one."""
+        return self._table(name).loss
+
     def tokens(self, names: Names) -> torch.Tensor:
-        """Virtual tokens of rows, (tokens, size)."""
-        tables = [self._table(n)()[: self._table(n).length] for n in self.token_names(names)]
+        """Virtual tokens of rows, (tokens, size); where each row has its own, in a compiled graph, (batch, tokens, size)."""
+        tables = [
+            self._table(n).tokens(_task(n) if self._task_rows is None else self._task_rows)
+            for n in self.token_names(names)
+        ]
         if not tables:
             return torch.empty(0, self._outside.model.get_input_embeddings().weight.shape[1])
         return tables[0] if len(tables) == 1 else torch.cat(tables)
@@ -541,13 +636,59 @@ class _Outside:
             self.stacks[MAIN](input_ids=input_ids)
 
 
-__all__ = ["FILE_KEY", "NAME", "Placement", "PromptTable", "Prompts"]
+__all__ = ["FILE_KEY", "NAME", "NO_TASKS", "Placement", "PromptTable", "Prompts"]
+
+NO_TASKS = "`task_ids` is for multitask prompts; this adapter's method has none. Leave it out."
+
+
+def _adapter(name: str) -> str:
+    """The adapter that a row's name means."""
+    return name.partition(_TASK)[0]
+
+
+def _without_tasks(names: Names) -> Names:
+    """The adapters that a row's names mean."""
+    return _adapter(names) if isinstance(names, str) else tuple(_adapter(n) for n in names)
+
+
+def _with_task(names: Names, task: int, tasks: Mapping[str, int]) -> Names:
+    """A row's names with the number of its task, for adapters that have tasks."""
+    if isinstance(names, str):
+        return f"{names}{_TASK}{task}" if tasks[names] else names
+    return tuple(f"{n}{_TASK}{task}" if tasks[n] else n for n in names)
+
+
+def _task(name: str) -> int | None:
+    """The task that a row's name means, if it has one."""
+    task = name.partition(_TASK)[2]
+    return int(task) if task else None
+
+
+def _task_numbers(task_ids: Any, rows: int | None) -> list[int]:
+    """Task numbers of a batch as a list.
+
+    Raises:
+        ValueError: They are no whole numbers, or not one per row.
+    """
+    ids = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else task_ids
+    if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(
+            f"`task_ids` should be whole numbers of shape (batch,), one per row, got {task_ids!r}. For one task give "
+            "torch.full((batch,), task)."
+        )
+    if rows is not None and len(ids) != rows:
+        raise ValueError(
+            f"`task_ids` has {len(ids)} numbers, but the batch has {rows} rows. Give one per row: torch.full((batch,), task) "
+            "for one task."
+        )
+    return list(ids)
 
 
 def _fold(table: PromptTable) -> torch.Tensor:
     """The virtual tokens that a table makes, as a constant; of parameters spread over processes the whole ones make it."""
     state = table.state_dict(keep_vars=True)
-    if not any(is_dtensor(tensor) for tensor in state.values()):
-        return table().detach()
-    gathered = {key: whole(tensor, key).detach() for key, tensor in state.items()}
-    return torch.func.functional_call(table, gathered).detach()
+    with torch.no_grad():
+        if not any(is_dtensor(tensor) for tensor in state.values()):
+            return table()
+        gathered = {key: whole(tensor, key) for key, tensor in state.items()}
+        return torch.func.functional_call(table, gathered)

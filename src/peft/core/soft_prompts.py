@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
-from .mixed import MixedPlan, Names, by_rows
+from .mixed import Names, by_rows
 from .prompt_table import ACTIVE, MAIN
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Prepend:
     def _wants_prefix(self, module: Any, call: dict[str, Any], cache: Any, filled: bool) -> bool:
         if filled:
             return True
-        if self.holder.whole or torch.is_grad_enabled():
+        if self.holder.whole or torch.is_grad_enabled() or self.holder.rows_differ:
             return False
         use_cache = call.get("use_cache")
         return cache is not None or bool(getattr(module.config, "use_cache", False) if use_cache is None else use_cache)
@@ -122,7 +123,7 @@ class Prepend:
             elif holder.prepended is not None:
                 setattr(cache, _MARK, WITHIN)
         length, holder.captured, holder.prepended = holder.prepended, {}, None
-        if length is None or self.stays or (holder.whole and holder.plan() is None):
+        if length is None or self.stays or holder.whole:
             return None
         if isinstance(output, tuple):
             return (self._strip(output[0], length), *output[1:])
@@ -179,7 +180,7 @@ class Prepend:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             call["attention_mask"] = join(holder, mask, lambda n: mask.new_ones(holder.token_count(n)))
         if call.get("position_ids") is not None:
-            call["position_ids"] = call["position_ids"] + holder.token_count(ACTIVE)
+            call["position_ids"] = call["position_ids"] + holder.longest_tokens()
 
 
 def join(
@@ -193,7 +194,7 @@ def join(
     Args:
         holder: What holds the virtual tokens.
         rest: (batch, length, …).
-        front: Gives what stands in front of rows that these adapters act on, (virtual tokens, …).
+        front: Gives what stands in front of rows that these adapters act on, (virtual tokens, …) or (batch, virtual tokens, …).
         change: Changes the rest of these rows.
     """
     plan = holder.plan()
@@ -203,9 +204,10 @@ def join(
         part = rest if rows is None else rest.index_select(0, rows)
         first = front(names)
         part = part if change is None else change(names, part)
-        pieces = [first.expand(part.shape[0], *first.shape), part]
-        if first.shape[0] < longest:
-            pieces.append(part.new_zeros(part.shape[0], longest - first.shape[0], *part.shape[2:]))
+        first = first if first.dim() == part.dim() else first.expand(part.shape[0], *first.shape)
+        pieces = [first, part]
+        if first.shape[1] < longest:
+            pieces.append(part.new_zeros(part.shape[0], longest - first.shape[1], *part.shape[2:]))
         return torch.cat(pieces, dim=1)
 
     return run(ACTIVE, None) if plan is None else by_rows(plan, rest, "virtual tokens", run)
@@ -256,20 +258,20 @@ def capture(holder: Prompts, stack: nn.Module) -> dict[Names, Any]:
     Returns:
         Keys and values of each layer by what acts on rows.
     """
-    shared, plan = holder._shared, holder.plan()
-    found: dict[Names, Any] = {}
+    tokens = {names: holder.tokens(names) for names in holder.token_kinds()}
+    # A row for each; what fills up the shorter ones stands behind them, where they do not see it.
+    embeds = pad_sequence(list(tokens.values()), batch_first=True).to(holder.device_and_dtype()[1])
     holder.is_capturing = True
     try:
-        for names in holder.token_kinds():
-            if plan is not None:
-                shared.plan = MixedPlan([names])
-            embeds = holder.tokens(names).to(holder.device_and_dtype()[1])[None]
+        with holder.only(list(tokens)):
             pairs = holder.record(functools.partial(stack, inputs_embeds=embeds, use_cache=False))
-            found[names] = [pairs[MAIN, i] for i in range(len(pairs))]
     finally:
         holder.is_capturing = False
-        shared.plan = shared.plan if plan is None else plan
-    return found
+    layers = [pairs[MAIN, i] for i in range(len(pairs))]
+    return {
+        names: [(key[row, :, : len(own)], value[row, :, : len(own)]) for key, value in layers]
+        for row, (names, own) in enumerate(tokens.items())
+    }
 
 
 @contextlib.contextmanager
@@ -281,10 +283,10 @@ def whole_outputs(holder: Prompts, kwargs: dict[str, Any], labels: tuple[str, ..
         kwargs: Arguments of the model.
         labels: Names of those among them that have a label for each position.
     """
-    if holder.plan() is not None or not holder.token_kinds():
+    if holder.is_mixed or not holder.token_kinds():
         yield kwargs
         return
-    count = holder.token_count(ACTIVE)
+    count = holder.longest_tokens()
     changed = dict(kwargs)
     for name in labels:
         if changed.get(name) is not None:

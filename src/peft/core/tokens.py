@@ -36,3 +36,31 @@ def real_tokens(model: nn.Module, count: int) -> torch.Tensor:
     while len(order) < count:
         order += order or [0]
     return torch.tensor([order[:count]])
+
+
+def text_tokens(config: Any, count: int, vocabulary: int) -> list[int]:
+    """Ids of the tokens of the text that a configuration names to start from, repeated or cut to the number wanted.
+
+    Args:
+        config: Has ``prompt_tuning_init_text``, ``tokenizer_name_or_path`` and ``tokenizer_kwargs``.
+        count: How many.
+        vocabulary: Number of tokens that the model knows.
+
+    Raises:
+        ValueError: The text has no tokens, or such that the model does not know.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"The text {config.prompt_tuning_init_text!r} has no tokens. Give a longer `prompt_tuning_init_text`."
+        )
+    ids = [ids[i % len(ids)] for i in range(count)]
+    if max(ids) >= vocabulary:
+        raise ValueError(
+            f"The tokenizer {config.tokenizer_name_or_path!r} gives token {max(ids)}, but the model knows only {vocabulary}. "
+            "Use the model's own tokenizer."
+        )
+    return ids

@@ -30,6 +30,8 @@ START: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": {"num_virtual_tokens": 20},
     "P_TUNING": {"num_virtual_tokens": 20, "encoder_hidden_size": 128},
     "P_TUNING_V2": {"num_virtual_tokens": 20},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 20},
+    "CARTRIDGE": {"num_virtual_tokens": 20},
 }
 
 

@@ -22,6 +22,8 @@ RATES: dict[str, tuple[float, float, float, float, float]] = {
     "p-tuning-v2": (3e-2, 3e-2, 3e-2, 1e-2, 1e-2),
     "prompt-tuning": (3e-2, 3e-2, 3e-2, 3e-2, 3e-2),
     "p-tuning": (3e-3, 3e-3, 3e-3, 1e-3, 1e-3),
+    "multitask-prompt-tuning": (3e-2, 3e-2, 3e-2, 3e-2, 3e-2),
+    "cartridge": (3e-2, 3e-2, 3e-2, 1e-2, 1e-2),
 }
 OTHER = (1e-3, 1e-3, 1e-3, 2e-4, 2e-4)
 """For methods that are not in the table."""
@@ -50,6 +52,8 @@ SOURCES: dict[str, str] = {
     "p-tuning-v2": "as prefix tuning, with which it coincides",
     "prompt-tuning": "a guess; [Lester et al. 2021](https://arxiv.org/abs/2104.08691) took 0.3 with Adafactor",
     "p-tuning": "a guess",
+    "multitask-prompt-tuning": "as prompt tuning",
+    "cartridge": "as prefix tuning",
 }
 
 

@@ -12,6 +12,7 @@ from ..config import PeftType, PromptLearningConfig
 from ..core.errors import did_you_mean
 from ..core.prompt_tuner import Geometry, TokenTuner
 from ..core.prompts import PromptTable
+from ..core.tokens import text_tokens
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -84,12 +85,7 @@ class PromptEmbedding(PromptTable):
         if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
             ids = torch.randint(weight.shape[0], (rows,)).tolist()
         else:
-            ids = _text(config, rows)
-        if max(ids) >= weight.shape[0]:
-            raise ValueError(
-                f"The tokenizer {config.tokenizer_name_or_path!r} gives token {max(ids)}, but the model knows only {weight.shape[0]}. "
-                "Use the model's own tokenizer."
-            )
+            ids = text_tokens(config, rows, weight.shape[0])
         with torch.no_grad():
             self.embedding.weight.copy_(word_embeddings(torch.tensor(ids, device=weight.device)))
 
@@ -100,16 +96,3 @@ class PromptTuningModel(TokenTuner):
     @classmethod
     def make_table(cls, config: Any, geometry: Geometry, model: Any) -> PromptTable:
         return PromptEmbedding(config, model.get_input_embeddings())
-
-
-def _text(config: Any, count: int) -> list[int]:
-    """The text's tokens, repeated or cut to the number wanted."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
-    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
-    if not ids:
-        raise ValueError(
-            f"The text {config.prompt_tuning_init_text!r} has no tokens. Give a longer `prompt_tuning_init_text`."
-        )
-    return [ids[i % len(ids)] for i in range(count)]
