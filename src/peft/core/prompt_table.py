@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from .sharding import fill
+
 FILE_KEY = "prompt_embeddings"
 """The table's name in an adapter's file."""
 
@@ -77,7 +79,7 @@ class PromptTable(nn.Module):
 
     def take(self, table: torch.Tensor) -> None:
         """Give the parameters values that make this table, (rows, columns), in place."""
-        self.embedding.weight.copy_(table)
+        fill(self.embedding.weight, table)
 
     def expect(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Get ready for the parameters of another table of the same configuration."""
