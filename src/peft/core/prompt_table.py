@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from .sharding import fill
+
 Where = tuple[str, int]
 """An attention layer that takes prefixes: which part of the model it is of, and its number among that part's layers."""
 MAIN, ENCODER, CROSS = "main", "encoder", "cross"
@@ -154,7 +156,7 @@ class PromptTable(nn.Module):
 
     def take(self, table: torch.Tensor) -> None:
         """Give the parameters values that make this table, (rows, columns), in place."""
-        self.embedding.weight.copy_(table)
+        fill(self.embedding.weight, table)
 
 
 class PrefixNetwork(PromptTable):

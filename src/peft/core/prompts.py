@@ -169,7 +169,7 @@ class Prompts(BaseTunerLayer):
                 f"The file holds the table of adapter {name!r} but not what makes it while it trains, so from now on the table itself "
                 "is the parameter. An optimiser that was made before does not know it: make it anew."
             )
-        plain = PromptTable(*table().shape).to(weight)
+        plain = PromptTable(*_fold(table).shape).to(weight)
         plain.length, plain.layout, plain.loss = table.length, table.layout, table.loss
         plain.requires_grad_(weight.requires_grad).train(table.training)
         self.prompt_encoder[name] = plain

@@ -14,6 +14,7 @@ from ..config import PeftType, PromptLearningConfig, TaskType
 from ..core.errors import PeftWarning, doubt
 from ..core.prompt_tuner import Geometry, TokenTuner
 from ..core.prompts import PromptTable
+from ..core.sharding import fill, is_dtensor, whole
 
 _WIDTH = 2048
 """The size of embeddings that bounds are given for: at another size d they are scaled by √(d / 2048)."""
@@ -138,9 +139,29 @@ class CPTEmbedding(PromptTable):
         if torch.is_grad_enabled() and delta.requires_grad:
             with torch.no_grad():
                 delta.copy_(self._bounded(delta))
+            delta = self._with_shards(delta)
         else:
             delta = self._bounded(delta)
         return self.embedding.weight + delta * (self.bounds > 0)
+
+    def _with_shards(self, delta: torch.Tensor) -> torch.Tensor:
+        """The changes as they are. Where ``fully_shard`` gathered them for this forward pass, what was written into them is lost, so the
+        parts are shortened too, as soon as the backward pass has ended."""
+        if torch.compiler.is_compiling() or not torch.distributed.is_initialized():
+            return delta
+        delta = delta.view_as(delta)
+
+        def shorten() -> None:
+            weight = self.delta_embedding.weight
+            if is_dtensor(weight):
+                with torch.no_grad():
+                    fill(weight, self._bounded(whole(weight, "delta_embedding")))
+
+        def at_the_end(gradient: torch.Tensor) -> None:
+            torch.autograd.Variable._execution_engine.queue_callback(shorten)  # type: ignore[attr-defined]
+
+        delta.register_hook(at_the_end)
+        return delta
 
     def take(self, table: torch.Tensor) -> None:
         delta = table - self.embedding.weight
@@ -152,7 +173,7 @@ class CPTEmbedding(PromptTable):
                 PeftWarning,
                 stacklevel=2,
             )
-        self.delta_embedding.weight.copy_(bounded)
+        fill(self.delta_embedding.weight, bounded)
 
     def _bounded(self, delta: torch.Tensor) -> torch.Tensor:
         """The changes, (tokens, size), those that are too long shortened to their bounds."""

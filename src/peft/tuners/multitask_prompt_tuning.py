@@ -121,7 +121,8 @@ class MultitaskPromptEmbedding(PromptTable):
                     "each row, from 0 on. A model without a PeftModel around it takes none."
                 )
             task = 0
-        cols, rows = self.prefix_task_cols, self.prefix_task_rows
+        cols: torch.Tensor = self.prefix_task_cols
+        rows: torch.Tensor = self.prefix_task_rows
         if isinstance(task, torch.Tensor):  # index_select, since it refuses negative numbers
             cols, rows = (t.index_select(0, task.to(t.device)) for t in (cols, rows))
         else:

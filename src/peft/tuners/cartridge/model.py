@@ -11,6 +11,7 @@ from torch import nn
 from ...config import PeftType, PromptLearningConfig
 from ...core.prompt_tuner import Geometry, PrefixTuner
 from ...core.prompts import PromptTable
+from ...core.sharding import fill
 
 
 @dataclass
@@ -64,7 +65,7 @@ class CartridgeEncoder(PromptTable):
     def take(self, table: torch.Tensor) -> None:
         frozen = len(self.frozen_embedding)
         self.frozen_embedding.copy_(table[:frozen])
-        self.trainable_embedding.copy_(table[frozen:])
+        fill(self.trainable_embedding, table[frozen:])
 
 
 class CartridgeModel(PrefixTuner):

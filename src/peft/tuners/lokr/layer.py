@@ -172,9 +172,10 @@ class LoKrLayer(DroppingLayer):
         factors = [self.factors(name) for name in names]
         if len({(w1.shape, outer.shape, inner is None) for w1, inner, outer in factors}) > 1:
             return None
-        w1, w2 = (torch.stack([f[i] for f in factors]) for i in (0, 2))
-        if factors[0][1] is not None:
-            w2 = w2 @ torch.stack([inner for _, inner, _ in factors])
+        w1, w2 = torch.stack([w1 for w1, *_ in factors]), torch.stack([outer for *_, outer in factors])
+        inner = [inner for _, inner, _ in factors if inner is not None]
+        if inner:
+            w2 = w2 @ torch.stack(inner)
         return w1 * w1.new_tensor([self.scaling[name] for name in names])[:, None, None], w2
 
     def apply_stack(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
