@@ -54,10 +54,9 @@ class CPTConfig(PromptLearningConfig):
         if self.task_type is None:
             self.task_type = TaskType.CAUSAL_LM
         super().__post_init__()
-        if getattr(self.task_type, "value", self.task_type) != "CAUSAL_LM":
-            raise ValueError(
-                f"CPT is for causal language models: `task_type` should be 'CAUSAL_LM', got {self.task_type!r}."
-            )
+        task = getattr(self.task_type, "value", self.task_type)
+        if task != "CAUSAL_LM":
+            raise ValueError(f"CPT is for causal language models: `task_type` should be 'CAUSAL_LM', got {task!r}.")
         for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
             value = getattr(self, name)
             if value is None or not 0 <= value < math.inf:
