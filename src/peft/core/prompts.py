@@ -18,6 +18,7 @@ from .positions import Shift, position_modules
 from .prefixes import NotePast, Pair, Site
 from .prompt_table import ACTIVE, CROSS, MAIN, Layout, PromptTable, Where
 from .sharding import is_dtensor, whole
+from .windows import Clock
 
 NAME = "peft_prompts"
 """The holder's name in the base model."""
@@ -79,6 +80,7 @@ class Prompts(BaseTunerLayer):
         self._recording: dict[Where, Pair] | None = None
         self.captured: dict[Names, list[Pair]] = {}
         self.prepended: int | None = None
+        self.clock = Clock()
         self.is_capturing = False
         self.whole = False
 
@@ -90,6 +92,7 @@ class Prompts(BaseTunerLayer):
             "_recording",
             "captured",
             "prepended",
+            "clock",
             "is_capturing",
             "whole",
         )

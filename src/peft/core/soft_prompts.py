@@ -18,6 +18,7 @@ from torch import nn
 
 from .mixed import MixedPlan, Names, by_rows
 from .prompt_table import ACTIVE, MAIN
+from .windows import Clock
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -78,7 +79,7 @@ class Prepend:
         holder = self.holder
         if holder.is_capturing:
             return None
-        holder.captured, holder.prepended = {}, None
+        holder.captured, holder.prepended, holder.clock = {}, None, Clock()
         if not holder.token_kinds():
             return None
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -90,6 +91,7 @@ class Prepend:
         elif self.can_cache and self._wants_prefix(module, call, cache, filled):
             stamp = _stamp(holder)
             holder.captured = kept[1] if kept and kept[0] == stamp else capture(holder, module)
+            holder.clock = _clock(call, cache)
             if cache is not None:
                 setattr(cache, _MARK, (stamp, holder.captured))
         elif filled:
@@ -121,7 +123,7 @@ class Prepend:
                 setattr(cache, _MARK, (_stamp(holder), holder.captured))
             elif holder.prepended is not None:
                 setattr(cache, _MARK, WITHIN)
-        length, holder.captured, holder.prepended = holder.prepended, {}, None
+        length, holder.captured, holder.prepended, holder.clock = holder.prepended, {}, None, Clock()
         if length is None or self.stays or (holder.whole and holder.plan() is None):
             return None
         if isinstance(output, tuple):
@@ -161,6 +163,7 @@ class Prepend:
                 return torch.arange(holder.token_count(names), device=positions.device)
 
             call["position_ids"] = self._join(positions, moved, lambda n, rest: rest + holder.token_count(n))
+            holder.clock = Clock(call["position_ids"])
         if call.get("cache_position") is not None:
             call["cache_position"] = None  # made anew from the embeddings
 
@@ -243,6 +246,17 @@ class _WidenMask:
         if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == length):
             _widen(self.holder, call, "encoder_attention_mask", states[:, :length])
         return args, call
+
+
+def _clock(call: dict[str, Any], cache: Any) -> Clock:
+    """Where the real tokens of a call stand, counted from the first."""
+    tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    past = 0 if cache is None else cache.get_seq_length()
+    end = past + tokens.shape[1] if isinstance(past, int) else None
+    positions = call.get("position_ids")
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + past
+    return Clock(positions if positions.dim() == 2 else positions[0], end)
 
 
 def _stamp(holder: Prompts) -> list[tuple[Names, list[str]]]:
