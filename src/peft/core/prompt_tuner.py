@@ -16,7 +16,7 @@ from ..config import PromptLearningConfig
 from . import prefixes
 from .injection import Placed
 from .layer import HALF
-from .positions import has_relative_bias, longest_input, position_modules
+from .positions import has_relative_bias, known_positions, position_modules
 from .prompt_table import CROSS, ENCODER, MAIN, Layout, Where
 from .prompts import FILE_KEY, NAME, Placement, Prompts, PromptTable
 from .tokens import real_tokens
@@ -126,8 +126,9 @@ class PromptTuner(BaseTuner):
         if holder is None:
             holder = candidate
             holder.training = model.training
-        values = cls.fill(config, geometry)
         check_length(config, geometry)
+        check_network(config)
+        values = cls.fill(config, geometry)
         filled = copy.copy(config)
         for name, value in values.items():
             setattr(filled, name, value)
@@ -154,6 +155,11 @@ class TokenTuner(PromptTuner):
     @classmethod
     def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
         check_size(config, "token_dim", geometry.embedding_size, "the size of an input embedding")
+        if config.num_transformer_submodules not in (None, 1, 2):
+            raise ValueError(
+                f"`num_transformer_submodules` should be 1, or 2 for encoder-decoders, got {config.num_transformer_submodules}. Leave it "
+                "out, and the model tells it."
+            )
         return {
             "token_dim": geometry.embedding_size,
             "num_layers": config.num_layers or geometry.layers,
@@ -242,6 +248,18 @@ def check_length(config: Any, geometry: Geometry) -> None:
                 f"`num_virtual_tokens` is {count}, but the model has only {geometry.positions} positions, and virtual tokens take them "
                 f"up: nothing would be left for the input. Use fewer than {geometry.positions}."
             )
+
+
+def check_network(config: Any) -> None:
+    """Refuse sizes that no network that makes a table can have.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    for name in ("encoder_hidden_size", "encoder_num_layers"):
+        size = getattr(config, name, None)
+        if size is not None and size < 1:
+            raise ValueError(f"`{name}` should be a whole number from 1 on, got {size}. Leave it out for the default.")
 
 
 def check_size(config: Any, name: str, found: int, what: str) -> None:
@@ -341,7 +359,7 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
         head_size=shape[1],
         embedding_size=embedding.weight.shape[1],
         queries=getattr(config, "num_attention_heads", None),
-        positions=longest_input(positions[MAIN]),
+        positions=known_positions(positions[MAIN], config),
         stacks=2 if two else 1,
         is_causal=all(getattr(m, "is_causal", True) for m, _ in layers[MAIN]),
         others={part: len(found) for part, found in layers.items() if part != MAIN},

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .mixed import MixedPlan, Names, by_rows
+from .positions import longest_input, position_modules
 from .prompt_table import ACTIVE, MAIN
 from .windows import Clock
 
@@ -65,6 +66,7 @@ class Prepend:
         self.holder = holder
         self.names = list(inspect.signature(type(stack).forward).parameters)[1:]
         self.stays = stays
+        self.room = longest_input(position_modules(stack))
         self.can_cache = holder.is_decoder and "past_key_values" in self.names
 
     def hang(self, stack: nn.Module) -> list[Any]:
@@ -83,6 +85,10 @@ class Prepend:
         if not holder.token_kinds():
             return None
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
+            raise ValueError(
+                f"A {type(module).__name__} takes either `input_ids` or `inputs_embeds`; give exactly one."
+            )
         cache = call.get("past_key_values")
         filled = cache is not None and bool(cache.get_seq_length() > 0)
         kept = getattr(cache, _MARK, None) if filled else None
@@ -150,6 +156,12 @@ class Prepend:
         embeds = call.get("inputs_embeds")
         if embeds is None:
             embeds = holder.embed(call["input_ids"])
+        longest = holder.longest_tokens()
+        if self.room is not None and embeds.shape[1] + longest > self.room:
+            raise ValueError(
+                f"The input has {embeds.shape[1]} tokens and the adapter {longest} virtual ones, but the model has only {self.room} "
+                f"positions. Truncate the input to {self.room - longest} tokens, or train with fewer virtual tokens."
+            )
         call["input_ids"], holder.prepended = None, embeds.shape[1]
         call["inputs_embeds"] = self._join(embeds, lambda n: holder.tokens(n).to(embeds))
         _widen(holder, call, "attention_mask", embeds)
