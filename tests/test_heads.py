@@ -82,7 +82,7 @@ def test_parts_of_a_new_head_beside_the_classifier_are_trained_and_saved(kind, p
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "base")
     cls = getattr(transformers, f"{kind}ForSequenceClassification")
     configs = {
-        "lora": LoraConfig(task_type="SEQ_CLS", target_modules=["Wqkv", "query_proj"]),
+        "lora": LoraConfig(task_type="SEQ_CLS", target_modules=[{"head": "Wqkv", "pooler": "query_proj"}[part]]),
         "prompt": PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
     }
     model = get_peft_model(cls.from_pretrained(tmp_path / "base", num_labels=5), configs[method]).eval()

@@ -275,6 +275,47 @@ def test_generation_with_a_prefix_needs_no_cache_and_no_equal_lengths(row: Row) 
     assert torch.equal(batch[:1], model.generate(input_ids=ids[:1], attention_mask=mask[:1], **beams))
 
 
+def flash(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> tuple[Any, None]:
+    """What flash kernels compute: causal and windowed from the last key on, padding taken out, with no other mask."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    queries, keys = query.shape[2], key.shape[2]
+    real = torch.ones(len(key), keys, dtype=torch.long) if attention_mask is None else attention_mask.long()
+    place = real.cumsum(-1)
+    distance = place[:, keys - queries :, None] - place[:, None]
+    seen = (distance >= 0) & real.bool()[:, None]
+    seen &= torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
+    if options.get("sliding_window") is not None:
+        seen &= distance < options["sliding_window"]
+    scores = query @ key.transpose(2, 3) * options["scaling"]
+    weights = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("row", [r for r in (*TABLE, *NARROW) if r.name in ("Llama", "Mistral", "Gemma3")], ids=name_of)
+def test_flash_attention_does_the_same_or_says_why_not(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    ids = ids_of()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    given = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    for make in (with_prefix, lambda row: with_real_tokens(row)[0]):
+        model = make(row)
+        expected = model.generate(**given, **GREEDY)
+        with torch.no_grad():
+            whole = model(input_ids=ids).logits
+        model.config._attn_implementation_internal = "flash_attention_2"
+        if row in NARROW and make is with_prefix:
+            with pytest.raises(NotImplementedError, match="attn_implementation='sdpa'"):
+                model(**given)
+            continue
+        assert torch.equal(model.generate(**given, **GREEDY), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, whole, atol=2e-5, rtol=1e-4)
+
+
 @every_row
 def test_disabled_adapters_leave_the_plain_model(row: Row) -> None:
     ids = ids_of()

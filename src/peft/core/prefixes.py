@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .prompt_table import MAIN, Where, stack_of, turn
-from .windows import visible_within, windowed_mask
+from .windows import check_flash_window, visible_within, windowed_mask
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -237,7 +237,11 @@ def attention_with_prefix(
         rest = kwargs["position_bias"].expand(bias.shape[0], -1, -1, -1)
         kwargs["position_bias"] = torch.cat([bias.to(query.dtype).expand(rest.shape[0], -1, -1, -1), rest], dim=-1)
     kernel = site.config._attn_implementation or "eager"
-    if not kernel.startswith("flash"):  # which counts the window itself, from the last key
+    if kernel.startswith(
+        "flash"
+    ):  # counts the window itself, from the last key, and with it what stands before the tokens
+        check_flash_window(site, window, keys + length)
+    else:
         visible = visible_within(site, window, key)
     if attention_mask is not None:
         mask = _padded_mask(attention_mask, length, visible, query, kwargs.get("position_bias") is None)

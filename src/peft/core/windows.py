@@ -79,6 +79,28 @@ def visible_within(site: Site, window: int | None, key: torch.Tensor) -> torch.T
     return clock.made[window, lengths][:, None]
 
 
+def check_flash_window(site: Site, window: int | None, keys: int) -> None:
+    """Refuse a prefix that a flash kernel, which takes no mask, would drop out of its window, while with other kernels it stays.
+
+    Args:
+        site: The layer.
+        window: The length of its window, or ``None``.
+        keys: Number of keys, prefix included.
+
+    Raises:
+        NotImplementedError: With the mend.
+    """
+    holder = site.holder
+    own = any(
+        holder._length(site, n) > (holder._captured_length(n) if site.part == MAIN else 0) for n in holder._kinds()
+    )
+    if window is not None and keys > window and own:
+        raise NotImplementedError(
+            f"With flash attention a prefix cannot stay in sight of {keys} keys, prefix included, in a layer with a sliding window of "
+            f"{window}. Load the model with attn_implementation='sdpa' or 'eager', or use shorter inputs."
+        )
+
+
 def windowed_mask(holder: Prompts, window: int | None, mask: Any) -> Any:
     """The mask of a layer with a sliding window, where virtual tokens at the input are as far away as positions say.
 
