@@ -275,6 +275,15 @@ def test_generation_with_a_prefix_needs_no_cache_and_no_equal_lengths(row: Row) 
     assert torch.equal(batch[:1], model.generate(input_ids=ids[:1], attention_mask=mask[:1], **beams))
 
 
+@pytest.mark.parametrize("row", [r for r in TABLE if r.name in ("Gemma3", "T5", "Bart")], ids=name_of)
+def test_compile_without_graph_breaks(row: Row) -> None:
+    """The families whose attention differs from that of the models that every promise is checked on."""
+    torch._dynamo.reset()
+    model, inputs = with_prefix(row, prefix_init="peer"), inputs_of(row, ids_of())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(compiled, **inputs), logits(model, **inputs), atol=1e-5, rtol=1e-5)
+
+
 def flash(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> tuple[Any, None]:
     """What flash kernels compute: causal and windowed from the last key on, padding taken out, with no other mask."""
     groups = query.shape[1] // key.shape[1]

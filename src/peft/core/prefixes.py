@@ -279,6 +279,8 @@ def _shared_mask(
     site: Site, queries: int, keys: int, length: int, is_causal: bool, visible: torch.Tensor | None, query: torch.Tensor
 ) -> torch.Tensor | None:
     causal = is_causal and queries > 1
+    if torch.compiler.is_compiling():
+        return _fresh_mask(queries, keys, length, causal, visible, query)
     return site.holder.shared(
         site,
         (queries, keys, length, causal, visible, query.dtype, query.device, torch.is_inference_mode_enabled()),

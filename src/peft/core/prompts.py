@@ -372,8 +372,6 @@ class Prompts(BaseTunerLayer):
             key: What it depends on, the length of the prefix in third place.
             make: Makes it.
         """
-        if torch.compiler.is_compiling():
-            return make()
         slot = site.part, key[2]
         known = self._shared_masks.get(slot)
         if known is None or not all(
