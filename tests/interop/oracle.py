@@ -558,7 +558,7 @@ def read_folder(model: str, base: str, adapter: str, inputs: dict[str, list[list
     tensors = {name: torch.tensor(rows) for name, rows in inputs.items()}
     with torch.no_grad():
         found: dict[str, Any] = {"output": read(**tensors)[0].tolist(), "type": read.active_peft_config.peft_type.value}
-        if model.endswith("LMHeadModel") or model.endswith("ForCausalLM"):
+        if model.endswith(("LMHeadModel", "ForCausalLM")):
             greedy = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
             found["generated"] = read.generate(**tensors, **greedy)[:, -NEW_TOKENS:].tolist()
     return found

@@ -175,7 +175,8 @@ class Prepend:
                 return torch.arange(holder.token_count(names), device=positions.device)
 
             call["position_ids"] = self._join(positions, moved, lambda n, rest: rest + holder.token_count(n))
-            holder.clock = Clock(call["position_ids"])
+            if not torch.is_grad_enabled():  # a checkpointed layer that runs again would not know it
+                holder.clock = Clock(call["position_ids"])
         if call.get("cache_position") is not None:
             call["cache_position"] = None  # made anew from the embeddings
 

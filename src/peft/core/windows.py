@@ -104,8 +104,7 @@ def check_flash_window(site: Site, window: int | None, keys: int) -> None:
 def windowed_mask(holder: Prompts, window: int | None, mask: Any) -> Any:
     """The mask of a layer with a sliding window, where virtual tokens at the input are as far away as positions say.
 
-    transformers counts the padding between them and a row's first token too. Only inference asks: a checkpointed layer that runs again
-    would not know the positions.
+    transformers counts the padding between them and a row's first token too, and so does training.
 
     Args:
         holder: What holds the virtual tokens.
@@ -113,7 +112,7 @@ def windowed_mask(holder: Prompts, window: int | None, mask: Any) -> Any:
         mask: (batch, 1, queries, keys), boolean or additive.
     """
     clock = holder.clock
-    if window is None or clock.positions is None or holder.prepended is None or torch.is_grad_enabled():
+    if window is None or clock.positions is None or holder.prepended is None:
         return mask
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return mask
