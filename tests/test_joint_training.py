@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification
 
 import tiny
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, PTuningV2Config, get_peft_model
@@ -17,10 +19,10 @@ ROWS: list[Any] = [("shared", "mood"), ("shared", "topic"), "topic", ("shared", 
 
 def classifier() -> PeftModel:
     """Prompts that two tasks share, without a head, and a private part with a head for each: deep prompts, and LoRA."""
-    model = get_peft_model(tiny.BERT.build(), PTuningV2Config(num_virtual_tokens=[3, 2]), "shared")
-    mood = PTuningV2Config(num_virtual_tokens=4, layers=[1], reparameterization="mlp", modules_to_save=["classifier"])
-    model.add_adapter("mood", mood)
-    model.add_adapter("topic", LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"]))
+    shared = PTuningV2Config("SEQ_CLS", num_virtual_tokens=[3, 2], modules_to_save=[])
+    model = get_peft_model(tiny.BERT.build(), shared, "shared")
+    model.add_adapter("mood", PTuningV2Config("SEQ_CLS", num_virtual_tokens=4, layers=[1], reparameterization="mlp"))
+    model.add_adapter("topic", LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
     for seed, name in enumerate(("shared", *TASKS)):
         randomise(model, name, seed)
     return model.eval()
@@ -66,6 +68,23 @@ def test_shared_and_private_parts_learn_from_their_rows_alone():
             torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
             reached |= {part for part in ("shared", *TASKS) if f".{part}." in name and parameter.grad.any()}
     assert reached == {"shared", *TASKS}
+
+
+def test_an_empty_list_of_modules_is_no_head_and_no_warning(tmp_path, recwarn):
+    tiny.BERT.build().bert.save_pretrained(tmp_path / "base")
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base")  # a new head
+    recwarn.clear()
+    model = get_peft_model(
+        base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=[]), "shared"
+    )
+    assert not recwarn.list and not any("classifier" in n for n, p in model.named_parameters() if p.requires_grad)
+    model.add_adapter("mood", LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    model.save_pretrained(tmp_path / "both")
+    for name, has_head in (("shared", False), ("mood", True)):
+        keys = load_file(tmp_path / "both" / name / "adapter_model.safetensors")
+        assert any("classifier" in key for key in keys) is has_head
+    read = PeftModel.from_pretrained(tiny.BERT.build(), tmp_path / "both" / "shared", strict=True)
+    assert read.peft_config["default"].modules_to_save == []
 
 
 def test_rows_of_one_task_give_the_other_no_gradient():
@@ -140,7 +159,7 @@ def test_a_prefix_tokens_and_lora_together_in_rows_of_one_batch(base):
         (("shared", "mood"), "has 2 names, but the batch has 4 rows"),
         (
             [("mood", "topic"), *["mood"] * 3],
-            "'mood', 'topic' all have their own Linear.*give the shared adapter no task_type",
+            "'mood', 'topic' all have their own Linear.*make it with modules_to_save=...",
         ),
     ],
 )

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertForQuestionAnswering
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForQuestionAnswering,
+)
 from transformers.masking_utils import eager_mask
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -18,7 +24,7 @@ from peft.core.prompt_tuner import survey
 from peft.core.tokens import real_tokens
 from peft.helpers import convert_adapter
 from settings import logits, randomise
-from test_prompt_architectures import GREEDY, TABLE, ids_of, inputs_of
+from test_prompt_architectures import GREEDY, TABLE, carrying, ids_of, inputs_of, with_prefix
 from test_prompts import SHAPE
 
 ROWS = {row.name: row for row in TABLE}
@@ -208,6 +214,18 @@ def test_question_answering_trains_its_head_and_is_loaded_with_it(tmp_path):
             torch.testing.assert_close(read(**inputs).start_logits, out.start_logits.detach(), atol=1e-6, rtol=1e-5)
 
 
+def test_transformers_loads_all_parts_of_an_encoder_decoder(tmp_path):
+    tiny.T5.build().save_pretrained(tmp_path / "base")
+    base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, PTuningV2Config("SEQ_2_SEQ_LM", num_virtual_tokens=[2, 4])).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    read = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(read, tiny.T5), logits(model, tiny.T5), atol=1e-5, rtol=1e-5)
+    inputs = {k: v for k, v in tiny.T5.inputs().items() if k != "decoder_input_ids"}
+    assert torch.equal(read.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
 # -- conversion -------------------------------------------------------------------------------------------------------
 
 PLAIN = [tiny.BERT, tiny.GPT2, tiny.LLAMA]
@@ -228,6 +246,15 @@ def test_it_becomes_prefix_tuning_and_that_becomes_it(base, made):
     for name in ("prefix", "back"):
         model.set_adapter(name)
         assert torch.equal(logits(model, base), expected)
+
+
+@carrying
+def test_on_every_architecture_it_is_prefix_tuning_where_they_coincide(row):
+    model, ids = with_prefix(row, prefix_init="peer"), ids_of()
+    expected = logits_of(model, inputs_of(row, ids))
+    convert_adapter(model, "default", "P_TUNING_V2", "v2")
+    model.set_adapter("v2")
+    assert torch.equal(logits_of(model, inputs_of(row, ids)), expected)
 
 
 @pytest.mark.parametrize("layers", [2, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import logging
 import warnings
@@ -11,13 +12,15 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+import tiny
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.core.checkpoints import training_tensors
 from peft.core.holder import adapted_modules
 from peft.core.layer import AdapterLayer
-from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, equal, logits, outputs, own_tensors, randomise
+from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, SETTINGS, equal, logits, outputs, own_tensors, randomise
 
 every_case = pytest.mark.parametrize(("setting", "base"), CASES, ids=IDS)
 every_method = pytest.mark.parametrize(("setting", "base"), ONE_EACH, ids=ONE_EACH_IDS)
@@ -752,3 +755,42 @@ def test_the_promises_of_weight_methods_are_checked_on_every_kind_of_layer(name)
     models = [setting.model(base) for setting, base in CASES if setting.name == name]
     kinds = {m.kind.name for model in models for _, m in adapted_modules(model) if isinstance(m, AdapterLayer)}
     assert kinds == {"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
+
+
+# 11 ----------------------------------------------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is asked of torch's kernels."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+GROUPED = [
+    s for s in SETTINGS if s.name in ("lora", "dora", "loha", "lokr", "houlsby", "pfeiffer", "parallel", "compacter")
+]
+
+
+@pytest.mark.parametrize("setting", GROUPED, ids=lambda s: s.name)
+def test_layers_do_not_loop_over_the_adapters_of_a_mixed_batch(setting):
+    base = tiny.LLAMA
+    names = ["default", *(f"adapter-{i}" for i in range(1, 12))]
+
+    def growth(**options):
+        """Calls that each further adapter adds to a forward pass."""
+        model = setting.model(base, **options)
+        for name in names[1:]:
+            model.add_adapter(name, setting.make(base, **options))
+        counts = []
+        for adapters in (4, 8, 12):
+            with torch.no_grad(), Calls() as calls:
+                model(**base.inputs(rows=24), adapter_names=[names[row % adapters] for row in range(24)])
+            counts.append(calls.count)
+        return [b - a for a, b in itertools.pairwise(counts)]
+
+    # Sorting the rows costs something for each adapter, once for all layers: as much in a model of one layer.
+    assert growth() == growth(layers_to_transform=[0])

@@ -26,6 +26,7 @@ CASES = OFTEN | {
     for name in methods()
     if name.islower() and name not in (*OFTEN, "trainable-tokens") and "_" not in name
 }
+CASES["p-tuning-v2 with a network"] = {"name": "p-tuning-v2", "reparameterization": "mlp"}
 SLOW = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in CASES]
 
 

@@ -101,13 +101,13 @@ class PeftModel(PushToHubMixin, nn.Module):
     """Labels that the task has one of for each position, virtual tokens included; ``None``: outputs leave their positions out."""
 
     def _add_head(self, config: PeftConfig, model: nn.Module) -> None:
-        if not self.head_names or not hasattr(config, "modules_to_save"):
+        """Let an adapter train the task's head, unless its ``modules_to_save`` is an empty list: a part that others share has no head."""
+        if not self.head_names or not hasattr(config, "modules_to_save") or config.modules_to_save == []:
             return
         names = list(config.modules_to_save or [])
         missing = [n for n in self.head_names if n not in names]
-        if (
-            missing and not config.inference_mode
-        ):  # what the base's file lacks would be random again in the next process
+        if missing and not config.inference_mode:
+            # What the base's file lacks would be random again in the next process.
             missing += fresh_parts(model, [*names, *missing])
         config.modules_to_save = names + missing
 

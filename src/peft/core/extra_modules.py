@@ -82,8 +82,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if len(here) > 1:
             raise ValueError(
                 f"Only one adapter can be active for a module that is trained in full, but {shorten(here)} all have their own "
-                f"{type(self.original_module).__name__}. Activate one of them; for what several share, give the shared adapter no "
-                "task_type and no modules_to_save."
+                f"{type(self.original_module).__name__}. Activate one of them. An adapter that others share needs none of its "
+                "own: make it with modules_to_save=[]."
             )
         return self.modules_to_save[here[0]] if here else self.original_module
 

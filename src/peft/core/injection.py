@@ -91,7 +91,8 @@ def inject(
     shared = shared_of(model) or Shared()
 
     with replicated(model, config, known):
-        names = getattr(config, "modules_to_save", None) or tuner_cls.default_heads(config)
+        names = getattr(config, "modules_to_save", None)
+        names = tuner_cls.default_heads(config) if names is None else names
         heads = find_modules_to_save(model, list(names)) if names else {}
         heads |= _tied_heads(model, config, heads)
         placements, values = tuner_cls.plan(model, config, heads, on_meta, state_dict, autocast_adapter_dtype)
@@ -441,6 +442,8 @@ def _warn_frozen_head(model: nn.Module, config: Any, heads: dict[str, nn.Module]
     name = type(model).__name__
     if config.inference_mode or not name.endswith(("ForSequenceClassification", "ForTokenClassification")):
         return
+    if getattr(config, "modules_to_save", None) == []:
+        return  # which says so
     for head_name in HEAD_NAMES:
         head = getattr(model, head_name, None)
         # A head that nobody has trained gives random outputs for ever; a trained one may rightly stay as it is.

@@ -291,6 +291,10 @@ def _shared_mask(
 def _spares_mask(module: Any, query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a mask costs more than queries of no use: it rules out flash kernels, and grouped keys have to be repeated."""
     grouped = getattr(module, "num_key_value_groups", 1) > 1
+    if grouped and query.device.type == "cuda" and query.dtype == torch.float32:
+        return (
+            False  # without a mask grouped keys are not repeated, and for fp32 no kernel takes them but the plain one
+        )
     return (grouped or query.device.type != "cpu") and kwargs.get("position_bias") is None
 
 

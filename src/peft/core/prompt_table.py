@@ -109,7 +109,11 @@ class PromptTable(nn.Module):
     def begin(self, pieces: Sequence[torch.Tensor]) -> None:
         """Start from these keys and values, one piece for each place, in place."""
         assert self.layout is not None
-        self.embedding.weight.copy_(self.layout.join(pieces))
+        self.take(self.layout.join(pieces))
+
+    def take(self, table: torch.Tensor) -> None:
+        """Give the parameters values that make this table, (rows, columns), in place."""
+        self.embedding.weight.copy_(table)
 
 
 class PrefixNetwork(PromptTable):

@@ -35,7 +35,7 @@ class Geometry:
         queries: Number of query heads; ``None`` where the model does not say.
         positions: Number of positions that the model knows; ``None``: no limit.
         stacks: 2 for encoder-decoders, 1 for others.
-        is_causal: Whether the layers are those of a decoder.
+        is_decoder: Whether the layers are those of a decoder.
         others: Number of layers of further parts that take prefixes: an encoder's, and those of attention to it.
         refused: Why parts of the model take none.
     """
@@ -47,7 +47,7 @@ class Geometry:
     queries: int | None
     positions: int | None
     stacks: int
-    is_causal: bool = True
+    is_decoder: bool = True
     others: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -173,13 +173,38 @@ class TokenTuner(PromptTuner):
 
 
 class PrefixTuner(PromptTuner):
-    """Methods that put keys and values in front of those of attention layers, wherever their :meth:`layout` says.
+    """Methods that put keys and values in front of those of attention layers, wherever their :meth:`layout` says: unless they say
+    otherwise, in all layers of a model's only stack or its decoder.
 
     What such an adapter holds can be written as an adapter of any other such method that has a place for it: :meth:`unpack` tells what
     is in front of each layer, :meth:`pack` puts it into a table.
     """
 
     placement = "prefix"
+
+    @classmethod
+    def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
+        check_size(config, "token_dim", geometry.key_size, "the size of a token's keys")
+        check_size(config, "num_layers", geometry.layers, "the number of attention layers")
+        check_size(config, "num_attention_heads", geometry.heads, "the number of key heads")
+        # 2 means in the field's files that layer i reads place 2i; no other number is understood for encoder-decoders.
+        check_size(config, "num_transformer_submodules", geometry.stacks, "the number of stacks")
+        return {
+            "num_layers": geometry.layers,
+            "token_dim": geometry.key_size,
+            "num_attention_heads": geometry.heads,
+            "num_transformer_submodules": geometry.stacks,
+        }
+
+    @classmethod
+    def table_shape(cls, config: Any, geometry: Geometry) -> tuple[int, int]:
+        return config.num_virtual_tokens, geometry.layers * 2 * geometry.key_size
+
+    @classmethod
+    def layout(cls, config: Any) -> Layout | None:
+        layers, stride = config.num_layers, config.num_transformer_submodules
+        places = {(MAIN, i): stride * i % layers for i in range(layers)}
+        return Layout(places, (config.num_virtual_tokens,) * layers)
 
     @classmethod
     def pack(cls, pieces: Mapping[Where, torch.Tensor], values: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
@@ -192,7 +217,7 @@ class PrefixTuner(PromptTuner):
         Raises:
             ValueError: The method has no place for them.
         """
-        raise NotImplementedError
+        raise ValueError(f"No other adapter becomes one of {cls.__name__}: make a new one.")
 
     @classmethod
     def unpack(cls, config: Any, table: torch.Tensor) -> dict[Where, torch.Tensor]:
@@ -224,7 +249,7 @@ class PrefixTuner(PromptTuner):
         assert layout is not None
         pairs = holder.keys_values_of(real_tokens(model, max(layout.lengths)), layout.reach)
         size = holder.heads * holder.head_size
-        pieces = [torch.zeros(n, 2 * size) for n in layout.lengths]
+        pieces = [torch.zeros(n, 2 * size, device="cpu") for n in layout.lengths]
         for where, place in layout.places.items():
             key, value = (t.transpose(0, 1).flatten(1).float().cpu() for t in pairs[where])
             pieces[place] = torch.cat([key, value], 1)[: layout.lengths[place]]
@@ -339,8 +364,11 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
     positions = {part: position_modules(stack) for part, stack in stacks.items()}
     shape, refused = (0, 0), {}
     for part, found in layers.items():
-        reason = _why_no_prefix(model, stacks[part], found, {} if part == CROSS else positions[part], part)
-        shapes = set() if reason is not None else {prefixes.key_value_shape(m) for m, _ in found}
+        reason, shapes = _why_no_prefix(stacks[part], found, positions[part], part), set()
+        try:
+            shapes = {prefixes.key_value_shape(m) for m, _ in found if reason is None}
+        except NotImplementedError as error:
+            reason = str(error).rstrip(".")
         if len(shapes) > 1:
             reason = f"its layers have keys of different shapes {sorted(shapes)}, which one table cannot hold"
         elif reason is None and shape != (0, 0) and shapes != {shape}:
@@ -361,16 +389,14 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
         queries=getattr(config, "num_attention_heads", None),
         positions=known_positions(positions[MAIN], config),
         stacks=2 if two else 1,
-        is_causal=all(getattr(m, "is_causal", True) for m, _ in layers[MAIN]),
+        is_decoder=all(getattr(m, "is_causal", True) for m, _ in layers[MAIN]),
         others={part: len(found) for part, found in layers.items() if part != MAIN},
         refused=refused,
     )
     return geometry, Prompts(model, layers, shape, stacks)
 
 
-def _why_no_prefix(
-    model: nn.Module, stack: nn.Module, layers: Sequence[Any], positions: dict[str, nn.Module], part: str
-) -> str | None:
+def _why_no_prefix(stack: nn.Module, layers: Sequence[Any], positions: dict[str, nn.Module], part: str) -> str | None:
     if not layers:
         return (
             "its attention layers do not take their function from transformers' attention interface, so that nothing can be put "

@@ -221,7 +221,7 @@ class Prompts(BaseTunerLayer):
 
     def longest_shift(self, stack: str) -> int:
         """By how much positions of the row with the most prefix tokens are shifted."""
-        return max(self._reach(stack, names) for names in self._kinds())
+        return max([0, *(self._reach(stack, names) for names in self._kinds())])
 
     def shift(self, stack: str, rows: int, device: torch.device) -> torch.Tensor | int:
         """By how much positions are shifted: a number, or (rows, 1) in a mixed batch."""
@@ -239,7 +239,7 @@ class Prompts(BaseTunerLayer):
 
     def longest(self, site: Site) -> int:
         """Number of prefix tokens in front of the row that has the most in a layer."""
-        return max(self._length(site, names) for names in self._kinds())
+        return max([0, *(self._length(site, names) for names in self._kinds())])
 
     def by_length(self, site: Site, make: Callable[[int], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Something that depends on the length of a row's prefix in a layer, for each row of ``x``; ``make`` gives one row of it."""
@@ -289,7 +289,7 @@ class Prompts(BaseTunerLayer):
         if plan is None:
             return None
         lengths = tuple(self._length(site, names) for names in plan.kinds)
-        if len(set(lengths)) == 1:
+        if len(set(lengths)) <= 1:
             return None
         key = (lengths, x.shape[0], x.device)
         if key not in plan.notes:
@@ -467,7 +467,7 @@ class Prompts(BaseTunerLayer):
 
     def longest_tokens(self) -> int:
         """How many the row with the most has."""
-        return max(self.token_count(names) for names in self._kinds())
+        return max([0, *(self.token_count(names) for names in self._kinds())])
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The base model's embeddings of tokens."""

@@ -20,8 +20,8 @@ def draw_seed() -> int:
 def keep_mask(shape: Sequence[int], device: torch.device, rate: float, seed: int) -> torch.Tensor:
     """Which elements dropout keeps: the same for the same seed, shape, rate and type of device.
 
-    Every element is decided by 16 bits of its own, of which four are drawn at once as one 64-bit word: many times
-    cheaper than a random float for each element. The rate is thereby rounded to a multiple of 2**-16.
+    On a CPU every element is decided by 16 bits of its own, of which four are drawn at once as one 64-bit word: many times
+    cheaper than a random float for each element. The rate is thereby rounded to a multiple of 2**-16, and elsewhere likewise.
 
     Args:
         shape: Shape of the tensor to be dropped out.
@@ -36,17 +36,19 @@ def keep_mask(shape: Sequence[int], device: torch.device, rate: float, seed: int
     dropped = round(rate * _LEVELS)
     if dropped in (0, _LEVELS):  # the numbers below would leave 16 bits
         return torch.full(tuple(shape), int(dropped == 0), dtype=torch.int8, device=device)
+    if device.type != "cpu":
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.empty(tuple(shape), dtype=torch.int8, device=device).bernoulli_(
+            kept_share(rate), generator=generator
+        )
     # The lowest number that is kept, and the one below it: clamping between them is many times faster than a comparison.
     lowest = dropped - _LEVELS // 2
-    lanes = _words((count + 3) // 4, device, seed).view(torch.int16)
+    lanes = _words((count + 3) // 4, seed).view(torch.int16)
     return lanes[:count].clamp_(lowest - 1, lowest).sub_(lowest - 1).to(torch.int8).view(tuple(shape))
 
 
-def _words(count: int, device: torch.device, seed: int) -> torch.Tensor:
+def _words(count: int, seed: int) -> torch.Tensor:
     """Random 64-bit words, (count,)."""
-    if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(seed)
-        return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
     # torch's generator draws one number after the other. A counter that is mixed until no bit tells it any more (SplitMix64,
     # Steele et al. 2014) is drawn in parallel. Shifts copy the sign here, so that the last step has to be a product.
     words = torch.arange(count, dtype=torch.int64).mul_(_STEP).add_(seed * 2 - 2**63)

@@ -41,7 +41,7 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
-def _png(figure: Any) -> bytes:
+def as_png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
@@ -71,7 +71,7 @@ def curves(series: dict[str, list[tuple[float, float]]], x: str, y: str, names: 
             figure.legend(loc="outside lower center", ncols=3)
         elif len(series) > 1:
             axes.legend()
-        return _png(figure)
+        return as_png(figure)
 
 
 def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
@@ -98,7 +98,7 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
             for (row, column), value in np.ndenumerate(values):
                 shade = "white" if shares[row, column] > 0.5 else INK
                 axes.text(column, row, f"{value:,}", ha="center", va="center", color=shade)
-        return _png(figure)
+        return as_png(figure)
 
 
 def against(points: dict[str, tuple[float, float, float]], x: str, y: str, names: Sequence[str] = ()) -> bytes:
@@ -120,7 +120,7 @@ def against(points: dict[str, tuple[float, float, float]], x: str, y: str, names
         _log_ticks(axes)
         axes.set(xlabel=f"{x}, logarithmic", ylabel=y)
         _name_points(figure, axes, points)
-        return _png(figure)
+        return as_png(figure)
 
 
 def _log_ticks(axes: Any) -> None:
@@ -189,7 +189,7 @@ def dots(values: dict[str, Sequence[float]], x: str) -> bytes:
         axes.set_ylim(-0.6, len(values) - 0.3)
         axes.margins(x=0.08)
         axes.set(xlabel=x)
-        return _png(figure)
+        return as_png(figure)
 
 
 def bars(values: dict[str, float], x: str) -> bytes:
@@ -207,7 +207,7 @@ def bars(values: dict[str, float], x: str) -> bytes:
             _log_ticks(axes)
         axes.set(xlabel=f"{x}, logarithmic" if log else x)
         axes.margins(x=0.16)
-        return _png(figure)
+        return as_png(figure)
 
 
 def scatter(points: Sequence[Sequence[float]]) -> bytes:
@@ -228,4 +228,4 @@ def scatter(points: Sequence[Sequence[float]]) -> bytes:
             fontsize=8.5,
         )
         axes.set(xlabel="true", ylabel="predicted")
-        return _png(figure)
+        return as_png(figure)

@@ -109,10 +109,7 @@ class PTuningV2Model(PrefixTuner):
 
     @classmethod
     def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
-        check_size(config, "token_dim", geometry.key_size, "the size of a token's keys")
-        check_size(config, "num_layers", geometry.layers, "the number of attention layers")
-        check_size(config, "num_attention_heads", geometry.heads, "the number of key heads")
-        check_size(config, "num_transformer_submodules", geometry.stacks, "the number of stacks")
+        values = super().fill(config, geometry)
         if geometry.stacks == 2:
             check_size(config, "num_encoder_layers", geometry.others[ENCODER], "the number of the encoder's layers")
         switches = cls._switches(config, geometry)
@@ -124,13 +121,10 @@ class PTuningV2Model(PrefixTuner):
             count = geometry.layers if part == MAIN else geometry.others[part]
             cls._check_part(config, name, count, several=geometry.stacks == 2)
         return {
-            "num_layers": geometry.layers,
-            "num_encoder_layers": geometry.others[ENCODER] if geometry.stacks == 2 else None,
-            "token_dim": geometry.key_size,
-            "num_attention_heads": geometry.heads,
-            "num_transformer_submodules": geometry.stacks,
-            "encoder_hidden_size": config.encoder_hidden_size or geometry.key_size,
+            **values,
             **switches,
+            "num_encoder_layers": geometry.others[ENCODER] if geometry.stacks == 2 else None,
+            "encoder_hidden_size": config.encoder_hidden_size or geometry.key_size,
         }
 
     @classmethod
@@ -140,9 +134,9 @@ class PTuningV2Model(PrefixTuner):
             found = dict.fromkeys(_SWITCHES.values(), True)
             what = "an encoder-decoder"
         else:
-            own = "decoder" if geometry.is_causal else "encoder"
+            own = "decoder" if geometry.is_decoder else "encoder"
             found = {name: name == own for name in _SWITCHES.values()}
-            what = "a decoder alone" if geometry.is_causal else "an encoder alone"
+            what = "a decoder alone" if geometry.is_decoder else "an encoder alone"
         for name, there in found.items():
             asked = getattr(config, name)
             if asked and not there:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..config import PeftType, PromptLearningConfig
-from ..core.prompt_table import MAIN, Layout, PrefixNetwork, PromptTable, Where
-from ..core.prompt_tuner import Geometry, PrefixTuner, check_part, check_size
+from ..core.prompt_table import MAIN, PrefixNetwork, PromptTable, Where
+from ..core.prompt_tuner import Geometry, PrefixTuner, check_part
 from ..core.prompts import Prompts
 
 
@@ -67,28 +67,8 @@ class PrefixTuningModel(PrefixTuner):
     @classmethod
     def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
         check_part(geometry, MAIN)
-        check_size(config, "token_dim", geometry.key_size, "the size of a token's keys")
-        check_size(config, "num_layers", geometry.layers, "the number of attention layers")
-        check_size(config, "num_attention_heads", geometry.heads, "the number of key heads")
-        # 2 means in the field's files that layer i reads place 2i; no other number is understood for encoder-decoders.
-        check_size(config, "num_transformer_submodules", geometry.stacks, "the number of stacks")
-        return {
-            "num_layers": geometry.layers,
-            "token_dim": geometry.key_size,
-            "num_attention_heads": geometry.heads,
-            "num_transformer_submodules": geometry.stacks,
-            "encoder_hidden_size": config.encoder_hidden_size or geometry.key_size,
-        }
-
-    @classmethod
-    def table_shape(cls, config: Any, geometry: Geometry) -> tuple[int, int]:
-        return config.num_virtual_tokens, geometry.layers * 2 * geometry.key_size
-
-    @classmethod
-    def layout(cls, config: Any) -> Layout:
-        layers, stride = config.num_layers, config.num_transformer_submodules
-        places = {(MAIN, i): stride * i % layers for i in range(layers)}
-        return Layout(places, (config.num_virtual_tokens,) * layers)
+        values = super().fill(config, geometry)
+        return {**values, "encoder_hidden_size": config.encoder_hidden_size or geometry.key_size}
 
     @classmethod
     def make_table(cls, config: Any, geometry: Geometry, model: Any) -> PromptTable:

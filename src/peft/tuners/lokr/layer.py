@@ -170,10 +170,11 @@ class LoKrLayer(DroppingLayer):
         if any(self.drops(name) for name in names):
             return None
         factors = [self.factors(name) for name in names]
-        if len({(w1.shape, len(outer)) for w1, _, outer in factors}) > 1:
+        if len({(w1.shape, outer.shape, inner is None) for w1, inner, outer in factors}) > 1:
             return None
-        w1 = torch.stack([w1 for w1, *_ in factors])
-        w2 = torch.stack([outer if inner is None else outer @ inner for _, inner, outer in factors])
+        w1, w2 = (torch.stack([f[i] for f in factors]) for i in (0, 2))
+        if factors[0][1] is not None:
+            w2 = w2 @ torch.stack([inner for _, inner, _ in factors])
         return w1 * w1.new_tensor([self.scaling[name] for name in names])[:, None, None], w2
 
     def apply_stack(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
