@@ -6,11 +6,19 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 import tiny
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from settings import logits, randomise
+from test_prompt_architectures import TABLE
 
 
 @pytest.fixture
@@ -63,6 +71,36 @@ def test_a_trained_head_of_another_size_is_not_thrown_away(headless, tmp_path):
         PeftModel.from_pretrained(model, tmp_path / "adapter")
     assert list(model.state_dict()) == keys
     assert model.config.num_labels == 3
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+@pytest.mark.parametrize(("kind", "part"), [("ModernBert", "head"), ("DebertaV2", "pooler")])
+def test_parts_of_a_new_head_beside_the_classifier_are_trained_and_saved(kind, part, method, tmp_path):
+    values = next(row.values for row in TABLE if row.name == kind)
+    config = getattr(transformers, f"{kind}Config")(**{k: v for k, v in values.items() if k != "num_labels"})
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "base")
+    cls = getattr(transformers, f"{kind}ForSequenceClassification")
+    configs = {
+        "lora": LoraConfig(task_type="SEQ_CLS", target_modules=[{"head": "Wqkv", "pooler": "query_proj"}[part]]),
+        "prompt": PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
+    }
+    model = get_peft_model(cls.from_pretrained(tmp_path / "base", num_labels=5), configs[method]).eval()
+    assert model.peft_config["default"].modules_to_save == ["classifier", "score", part]
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model, tiny.BERT)
+    for read in (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter"),
+        PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base", num_labels=5), tmp_path / "adapter"),
+    ):
+        torch.testing.assert_close(logits(read, tiny.BERT), expected, atol=1e-6, rtol=1e-5)
+
+    # A head that comes with the base stays as it is, but for the classifier.
+    cls.from_pretrained(tmp_path / "base", num_labels=5).save_pretrained(tmp_path / "whole")
+    configs[method].modules_to_save = None
+    model = get_peft_model(cls.from_pretrained(tmp_path / "whole"), configs[method])
+    assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
 
 
 def test_files_without_the_record_still_load(headless, tmp_path):

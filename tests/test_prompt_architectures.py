@@ -101,9 +101,21 @@ TABLE = (
     Row("MBart", BART_LIKE, "encoder-decoder"),
 )  # fmt: skip
 P, LENGTH = 5, 7
+NARROW = tuple(
+    Row(r.name, {**r.values, "sliding_window": 6}, r.kind, None, r.attentions)
+    for r in TABLE
+    if "sliding_window" in r.values
+)
+"""Windows shorter than virtual tokens and input together."""
+
+
+def name_of(row: Row) -> str:
+    return row.name + ("-narrow" if row in NARROW else "")
+
+
 every_row = pytest.mark.parametrize("row", TABLE, ids=lambda r: r.name)
 carrying = pytest.mark.parametrize("row", [r for r in TABLE if r.no_prefix is None], ids=lambda r: r.name)
-generating = pytest.mark.parametrize("row", [r for r in TABLE if r.kind != "encoder"], ids=lambda r: r.name)
+generating = pytest.mark.parametrize("row", [*(r for r in TABLE if r.kind != "encoder"), *NARROW], ids=name_of)
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 
@@ -204,15 +216,44 @@ def test_virtual_tokens_that_are_real_embeddings_are_real_tokens(row: Row) -> No
 def test_generation_with_virtual_tokens_is_generation_behind_real_ones(row: Row) -> None:
     model, tokens = with_real_tokens(row)
     plain, ids = row.build(), ids_of()
-    longer = torch.cat([tokens.expand(3, -1), ids], dim=1)
     mask = torch.ones_like(ids)
-    expected = plain.generate(input_ids=longer, attention_mask=torch.ones_like(longer), **GREEDY)
-    found = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    longer = torch.cat([tokens.expand(3, -1), ids], dim=1)
+    if row.kind == "decoder":  # the tokens stand behind the padding at the left
+        mask[1, :3] = 0
+        longer[1] = torch.cat([ids[1, :3] * 0, tokens[0], ids[1, 3:]])
+        ids = ids.masked_fill(mask == 0, 0)
+    expected = plain.generate(input_ids=longer, attention_mask=(longer != 0).long(), **GREEDY)
+    given = {"input_ids": ids, "attention_mask": mask, **GREEDY}
+    found = model.generate(**given)
     assert torch.equal(found[:, -5:], expected[:, -5:])
-    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **GREEDY), found)
+    assert torch.equal(model.generate(**given, use_cache=False), found)
+    if row.kind == "decoder":
+        assert torch.equal(model.generate(**given, cache_implementation="static"), found)
 
 
-@pytest.mark.parametrize("row", [r for r in TABLE if r.kind != "encoder" and r.no_prefix is None], ids=lambda r: r.name)
+def test_rows_with_virtual_tokens_leave_a_narrow_window_each_at_its_own_length() -> None:
+    row = next(r for r in NARROW if r.name == "Gemma3")
+    model, _ = with_real_tokens(row)
+    for name, config in {
+        "short": PromptTuningConfig(task_type=row.task, num_virtual_tokens=2),
+        "prefix": PrefixTuningConfig(task_type=row.task, num_virtual_tokens=3, prefix_init="peer"),
+    }.items():
+        model.add_adapter(name, config)
+    names, ids = ["short", "prefix", "default", "__base__"], ids_of(4)
+    given = {"attention_mask": torch.ones_like(ids), **GREEDY}
+    for use_cache in (True, False):
+        found = model.generate(input_ids=ids, adapter_names=names, use_cache=use_cache, **given)
+        for i, name in enumerate(names):
+            alone = {"attention_mask": given["attention_mask"][:1], **GREEDY}
+            one = model.generate(input_ids=ids[i : i + 1], adapter_names=[name], **alone)
+            assert torch.equal(one[0], found[i]), (name, use_cache)
+    model.set_adapter(["prefix", "default"])
+    assert torch.equal(model.generate(input_ids=ids, **given), model.generate(input_ids=ids, use_cache=False, **given))
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in (*TABLE, *NARROW) if r.kind != "encoder" and r.no_prefix is None], ids=name_of
+)
 def test_generation_with_a_prefix_needs_no_cache_and_no_equal_lengths(row: Row) -> None:
     model, ids = with_prefix(row, prefix_init="peer"), ids_of()
     mask = torch.ones_like(ids)
@@ -232,6 +273,56 @@ def test_generation_with_a_prefix_needs_no_cache_and_no_equal_lengths(row: Row) 
     beams = {**GREEDY, "num_beams": 3}
     batch = model.generate(input_ids=ids, attention_mask=mask, **beams)
     assert torch.equal(batch[:1], model.generate(input_ids=ids[:1], attention_mask=mask[:1], **beams))
+
+
+@pytest.mark.parametrize("row", [r for r in TABLE if r.name in ("Gemma3", "T5", "Bart")], ids=name_of)
+def test_compile_without_graph_breaks(row: Row) -> None:
+    """The families whose attention differs from that of the models that every promise is checked on."""
+    torch._dynamo.reset()
+    model, inputs = with_prefix(row, prefix_init="peer"), inputs_of(row, ids_of())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(compiled, **inputs), logits(model, **inputs), atol=1e-5, rtol=1e-5)
+
+
+def flash(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> tuple[Any, None]:
+    """What flash kernels compute: causal and windowed from the last key on, padding taken out, with no other mask."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    queries, keys = query.shape[2], key.shape[2]
+    real = torch.ones(len(key), keys, dtype=torch.long) if attention_mask is None else attention_mask.long()
+    place = real.cumsum(-1)
+    distance = place[:, keys - queries :, None] - place[:, None]
+    seen = (distance >= 0) & real.bool()[:, None]
+    seen &= torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
+    if options.get("sliding_window") is not None:
+        seen &= distance < options["sliding_window"]
+    scores = query @ key.transpose(2, 3) * options["scaling"]
+    weights = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("row", [r for r in (*TABLE, *NARROW) if r.name in ("Llama", "Mistral", "Gemma3")], ids=name_of)
+def test_flash_attention_does_the_same_or_says_why_not(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    ids = ids_of()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    given = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    for make in (with_prefix, lambda row: with_real_tokens(row)[0]):
+        model = make(row)
+        expected = model.generate(**given, **GREEDY)
+        with torch.no_grad():
+            whole = model(input_ids=ids).logits
+        model.config._attn_implementation_internal = "flash_attention_2"
+        if row in NARROW and make is with_prefix:
+            with pytest.raises(NotImplementedError, match="attn_implementation='sdpa'"):
+                model(**given)
+            continue
+        assert torch.equal(model.generate(**given, **GREEDY), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, whole, atol=2e-5, rtol=1e-4)
 
 
 @every_row

@@ -453,11 +453,48 @@ def test_an_adapter_of_another_size_is_refused(method, tmp_path):
     assert list(larger.state_dict()) == keys and not hasattr(larger, "peft_config")
 
 
-def test_too_long_an_input_says_how_long_it_may_be():
-    model = fresh("prefix", tiny.BERT)
-    with pytest.raises(ValueError, match="Truncate the input to 59 tokens"):
-        model(input_ids=torch.ones(1, 60, dtype=torch.long))
-    model(input_ids=torch.ones(1, 59, dtype=torch.long))
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])
+@pytest.mark.parametrize("base", [tiny.BERT, tiny.GPT2], ids=lambda b: b.name)
+@pytest.mark.parametrize("grad", [True, False])
+def test_too_long_an_input_says_how_long_it_may_be(method, base, grad):
+    model = fresh(method, base)
+    room = model.config.max_position_embeddings - 5
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(ValueError, match=f"Truncate the input to {room} tokens"):
+            model(input_ids=torch.ones(1, room + 1, dtype=torch.long))
+        model(input_ids=torch.ones(1, room, dtype=torch.long))
+
+
+@every_method
+@pytest.mark.parametrize("base", [tiny.LLAMA, tiny.GPT2], ids=lambda b: b.name)
+def test_more_virtual_tokens_than_the_model_was_made_for_are_refused(method, base):
+    model = base.build()
+    limit = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"Use fewer than {limit}"):
+        get_peft_model(model, config(method, base, tokens=limit))
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prefix", {"prefix_projection": True, "encoder_hidden_size": 0}),
+        ("prefix", {"prefix_projection": True, "encoder_hidden_size": -1}),
+        ("prompt", {"num_transformer_submodules": 3}),
+        ("prompt", {"num_transformer_submodules": -1}),
+        ("p-tuning-lstm", {"encoder_num_layers": 0}),
+    ],
+)
+def test_impossible_sizes_are_refused(method, options):
+    with pytest.raises(ValueError, match=f"`{list(options)[-1]}` should be"):
+        fresh(method, tiny.GPT2, **options)
+
+
+def test_tokens_and_embeddings_at_once_are_refused():
+    model = fresh("prompt", tiny.BERT)
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(input_ids=ids, inputs_embeds=model.get_input_embeddings()(ids))
 
 
 def test_models_outside_transformers_are_refused():

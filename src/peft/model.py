@@ -17,7 +17,7 @@ from transformers.utils import PushToHubMixin
 from .config import PeftConfig
 from .core import activation, checkpoints, status
 from .core.errors import PeftWarning, strictness
-from .core.extra_modules import record_head
+from .core.extra_modules import fresh_parts, record_head
 from .core.files import (
     CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
@@ -76,7 +76,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        self._add_head(peft_config)
+        self._add_head(peft_config, model)
         tuner_cls = get_method(peft_config.peft_type).tuner_cls
         tuner = tuner_cls(
             model,
@@ -104,11 +104,16 @@ class PeftModel(PushToHubMixin, nn.Module):
     position_labels: tuple[str, ...] | None = None
     """Labels that the task has one of for each position, virtual tokens included; ``None``: outputs leave their positions out."""
 
-    def _add_head(self, config: PeftConfig) -> None:
+    def _add_head(self, config: PeftConfig, model: nn.Module) -> None:
         """Let an adapter train the task's head, unless its ``modules_to_save`` is an empty list: a part that others share has no head."""
-        if self.head_names and hasattr(config, "modules_to_save") and config.modules_to_save != []:
-            names = list(config.modules_to_save or [])
-            config.modules_to_save = names + [n for n in self.head_names if n not in names]
+        if not self.head_names or not hasattr(config, "modules_to_save") or config.modules_to_save == []:
+            return
+        names = list(config.modules_to_save or [])
+        missing = [n for n in self.head_names if n not in names]
+        if missing and not config.inference_mode:
+            # What the base's file lacks would be random again in the next process.
+            missing += fresh_parts(model, [*names, *missing])
+        config.modules_to_save = names + missing
 
     def _name_base(self, config: PeftConfig) -> None:
         base = self.get_base_model()
@@ -196,7 +201,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: The name is taken, or the configuration does not suit the model. The model is as it was.
         """
         check_adapter_name(adapter_name, self.peft_config)
-        self._add_head(peft_config)
+        self._add_head(peft_config, self.get_base_model())
         tuner_cls = get_method(peft_config.peft_type).tuner_cls
         base = self.get_base_model()
         with strictness(strict):

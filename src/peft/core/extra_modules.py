@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -161,6 +161,29 @@ def find_modules_to_save(model: nn.Module, names: list[str]) -> dict[str, nn.Mod
 def is_fresh(module: nn.Module) -> bool:
     """Whether transformers has just initialised the module's parameters, rather than read them from a checkpoint."""
     return not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters())
+
+
+def fresh_parts(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Parts of a model beside its base that transformers has just initialised, as some heads have besides the classifier.
+
+    Args:
+        model: The base model, head included.
+        names: Names of modules that are trained anyway.
+
+    Returns:
+        Their names; none where the whole model is new, and so was not loaded.
+    """
+    if is_fresh(model):
+        return []
+    found = []
+    for name, part in model.named_children():
+        if name == getattr(model, "base_model_prefix", "") or any(name.endswith(n) for n in names):
+            continue
+        original = part.original_module if isinstance(part, ModulesToSaveWrapper) else part
+        has_any = any(True for _ in original.parameters())
+        if has_any and not isinstance(original, BaseTunerLayer) and is_fresh(original):
+            found.append(name)
+    return found
 
 
 def resized_head(module: nn.Module, num_labels: int) -> nn.Module:

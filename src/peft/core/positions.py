@@ -41,6 +41,20 @@ def longest_input(modules: dict[str, nn.Module]) -> int | None:
     return min(sizes, default=None)
 
 
+def known_positions(modules: dict[str, nn.Module], config: Any) -> int | None:
+    """Number of positions that a model was made for: those of its tables, or what its configuration says of rotary embeddings.
+
+    Args:
+        modules: What :func:`position_modules` found.
+        config: The model's configuration.
+    """
+    table = longest_input(modules)
+    if table is not None or not modules:
+        return table
+    said = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return said if isinstance(said, int) and said > 0 else None
+
+
 class Shift:
     """A forward pre-hook that adds the number of virtual tokens to the positions that a module gets.
 

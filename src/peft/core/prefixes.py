@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .prompt_table import MAIN, Where, stack_of, turn
+from .windows import check_flash_window, visible_within, windowed_mask
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -214,6 +215,8 @@ def attention_with_prefix(
     site: Site = module._peft_site
     site.holder.note(site, key, value)
     attend = site.attend()
+    window = kwargs.get("sliding_window")
+    attention_mask = windowed_mask(site.holder, window, attention_mask)
     prefix = site.holder.prefix(site, key)
     if prefix is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
@@ -234,6 +237,12 @@ def attention_with_prefix(
         rest = kwargs["position_bias"].expand(bias.shape[0], -1, -1, -1)
         kwargs["position_bias"] = torch.cat([bias.to(query.dtype).expand(rest.shape[0], -1, -1, -1), rest], dim=-1)
     kernel = site.config._attn_implementation or "eager"
+    if kernel.startswith(
+        "flash"
+    ):  # counts the window itself, from the last key, and with it what stands before the tokens
+        check_flash_window(site, window, keys + length)
+    else:
+        visible = visible_within(site, window, key)
     if attention_mask is not None:
         mask = _padded_mask(attention_mask, length, visible, query, kwargs.get("position_bias") is None)
     elif visible is None and kernel.startswith("flash"):
@@ -270,6 +279,8 @@ def _shared_mask(
     site: Site, queries: int, keys: int, length: int, is_causal: bool, visible: torch.Tensor | None, query: torch.Tensor
 ) -> torch.Tensor | None:
     causal = is_causal and queries > 1
+    if torch.compiler.is_compiling():
+        return _fresh_mask(queries, keys, length, causal, visible, query)
     return site.holder.shared(
         site,
         (queries, keys, length, causal, visible, query.dtype, query.device, torch.is_inference_mode_enabled()),
@@ -315,8 +326,7 @@ def _fresh_mask(
         mask = mask.masked_fill(column > row, lowest)
     mask = mask[None, None]
     if visible is not None:
-        hidden = F.pad(~visible, (0, keys), value=False)[:, None, None]
-        mask = mask.masked_fill(hidden, lowest)
+        mask = mask.masked_fill(F.pad(~_by_query(visible), (0, keys), value=False), lowest)
     return mask
 
 
@@ -357,10 +367,15 @@ def _pad_mask(
     front = front.expand(*mask.shape[:-1], length)
     if visible is not None:
         off: float | bool = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        shape = (visible.shape[0], *mask.shape[1:-1], length)
-        front = front.expand(shape).masked_fill(~visible[:, None, None], off)
-        mask = mask.expand(visible.shape[0], *mask.shape[1:])
+        rows = max(visible.shape[0], mask.shape[0])
+        front = front.expand(rows, *mask.shape[1:-1], length).masked_fill(~_by_query(visible), off)
+        mask = mask.expand(rows, *mask.shape[1:])
     return torch.cat([front, mask], dim=-1)
+
+
+def _by_query(visible: torch.Tensor) -> torch.Tensor:
+    """What rows see, or each of their queries, as (batch or 1, 1, queries or 1, length)."""
+    return visible if visible.dim() == 4 else visible[:, None, None]
 
 
 def register() -> None:

@@ -17,7 +17,7 @@ from ..config import PromptLearningConfig
 from . import prefixes
 from .injection import Placed
 from .layer import HALF
-from .positions import has_relative_bias, longest_input, position_modules
+from .positions import has_relative_bias, known_positions, position_modules
 from .prefixes import Pair
 from .prompt_table import CROSS, ENCODER, FILE_KEY, MAIN, Layout, OwnLoss, Where
 from .prompts import NAME, Placement, Prompts, PromptTable
@@ -148,8 +148,9 @@ class PromptTuner(BaseTuner):
         if holder is None:
             holder = candidate
             holder.training = model.training
-        values = cls.fill(config, geometry)
         check_length(config, geometry)
+        check_network(config)
+        values = cls.fill(config, geometry)
         filled = copy.copy(config)
         for name, value in values.items():
             setattr(filled, name, value)
@@ -178,6 +179,11 @@ class TokenTuner(PromptTuner):
     @classmethod
     def fill(cls, config: Any, geometry: Geometry) -> dict[str, Any]:
         check_size(config, "token_dim", geometry.embedding_size, "the size of an input embedding")
+        if config.num_transformer_submodules not in (None, 1, 2):
+            raise ValueError(
+                f"`num_transformer_submodules` should be 1, or 2 for encoder-decoders, got {config.num_transformer_submodules}. Leave it "
+                "out, and the model tells it."
+            )
         return {
             "token_dim": geometry.embedding_size,
             "num_layers": config.num_layers or geometry.layers,
@@ -302,6 +308,18 @@ def check_length(config: Any, geometry: Geometry) -> None:
             )
 
 
+def check_network(config: Any) -> None:
+    """Refuse sizes that no network that makes a table can have.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    for name in ("encoder_hidden_size", "encoder_num_layers"):
+        size = getattr(config, name, None)
+        if size is not None and size < 1:
+            raise ValueError(f"`{name}` should be a whole number from 1 on, got {size}. Leave it out for the default.")
+
+
 def check_size(config: Any, name: str, found: int, what: str) -> None:
     """Refuse a configuration that was made for a model of another size.
 
@@ -406,7 +424,7 @@ def survey(model: nn.Module, placement: Placement) -> tuple[Geometry, Prompts]:
         head_size=shape[1],
         embedding_size=embedding.weight.shape[1],
         queries=getattr(config, "num_attention_heads", None),
-        positions=longest_input(positions[MAIN]),
+        positions=known_positions(positions[MAIN], config),
         stacks=2 if two else 1,
         is_decoder=all(getattr(m, "is_causal", True) for m, _ in layers[MAIN]),
         is_causal=False,

@@ -18,6 +18,7 @@ from .positions import Shift, position_modules
 from .prefixes import NotePast, Pair, Site
 from .prompt_table import ACTIVE, CROSS, FILE_KEY, MAIN, Layout, OwnLoss, PromptTable, Where
 from .sharding import is_dtensor, whole
+from .windows import Clock
 
 NAME = "peft_prompts"
 """The holder's name in the base model."""
@@ -82,12 +83,14 @@ class Prompts(BaseTunerLayer):
         self._task_rows: torch.Tensor | None = None
         self.captured: dict[Names, list[Pair]] = {}
         self.prepended: int | None = None
+        self.clock = Clock()
         self.is_capturing = False
         self.whole = False
 
     def __getstate__(self) -> dict[str, Any]:
         transient = (
-            "_pieces", "_held", "_shared_masks", "_recording", "_task_plan", "_task_rows", "captured", "prepended", "is_capturing", "whole"
+            "_pieces", "_held", "_shared_masks", "_recording", "_task_plan", "_task_rows", "captured", "prepended", "clock", "is_capturing",
+            "whole",
         )  # fmt: skip
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
@@ -380,8 +383,6 @@ class Prompts(BaseTunerLayer):
             key: What it depends on, the length of the prefix in third place.
             make: Makes it.
         """
-        if torch.compiler.is_compiling():
-            return make()
         slot = site.part, key[2]
         known = self._shared_masks.get(slot)
         if known is None or not all(

@@ -18,7 +18,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .mixed import Names, by_rows
+from .positions import longest_input, position_modules
 from .prompt_table import ACTIVE, MAIN
+from .windows import Clock
 
 if TYPE_CHECKING:
     from .prompts import Prompts
@@ -65,6 +67,7 @@ class Prepend:
         self.holder = holder
         self.names = list(inspect.signature(type(stack).forward).parameters)[1:]
         self.stays = stays
+        self.room = longest_input(position_modules(stack))
         self.can_cache = holder.is_decoder and "past_key_values" in self.names
 
     def hang(self, stack: nn.Module) -> list[Any]:
@@ -79,10 +82,14 @@ class Prepend:
         holder = self.holder
         if holder.is_capturing:
             return None
-        holder.captured, holder.prepended = {}, None
+        holder.captured, holder.prepended, holder.clock = {}, None, Clock()
         if not holder.token_kinds():
             return None
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
+            raise ValueError(
+                f"A {type(module).__name__} takes either `input_ids` or `inputs_embeds`; give exactly one."
+            )
         cache = call.get("past_key_values")
         filled = cache is not None and bool(cache.get_seq_length() > 0)
         kept = getattr(cache, _MARK, None) if filled else None
@@ -91,6 +98,7 @@ class Prepend:
         elif self.can_cache and self._wants_prefix(module, call, cache, filled):
             stamp = _stamp(holder)
             holder.captured = kept[1] if kept and kept[0] == stamp else capture(holder, module)
+            holder.clock = _clock(call, cache)
             if cache is not None:
                 setattr(cache, _MARK, (stamp, holder.captured))
         elif filled:
@@ -122,7 +130,7 @@ class Prepend:
                 setattr(cache, _MARK, (_stamp(holder), holder.captured))
             elif holder.prepended is not None:
                 setattr(cache, _MARK, WITHIN)
-        length, holder.captured, holder.prepended = holder.prepended, {}, None
+        length, holder.captured, holder.prepended, holder.clock = holder.prepended, {}, None, Clock()
         if length is None or self.stays or holder.whole:
             return None
         if isinstance(output, tuple):
@@ -149,6 +157,12 @@ class Prepend:
         embeds = call.get("inputs_embeds")
         if embeds is None:
             embeds = holder.embed(call["input_ids"])
+        longest = holder.longest_tokens()
+        if self.room is not None and embeds.shape[1] + longest > self.room:
+            raise ValueError(
+                f"The input has {embeds.shape[1]} tokens and the adapter {longest} virtual ones, but the model has only {self.room} "
+                f"positions. Truncate the input to {self.room - longest} tokens, or train with fewer virtual tokens."
+            )
         call["input_ids"], holder.prepended = None, embeds.shape[1]
         call["inputs_embeds"] = self._join(embeds, lambda n: holder.tokens(n).to(embeds))
         _widen(holder, call, "attention_mask", embeds)
@@ -162,6 +176,8 @@ class Prepend:
                 return torch.arange(holder.token_count(names), device=positions.device)
 
             call["position_ids"] = self._join(positions, moved, lambda n, rest: rest + holder.token_count(n))
+            if not torch.is_grad_enabled():  # a checkpointed layer that runs again would not know it
+                holder.clock = Clock(call["position_ids"])
         if call.get("cache_position") is not None:
             call["cache_position"] = None  # made anew from the embeddings
 
@@ -245,6 +261,17 @@ class _WidenMask:
         if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == length):
             _widen(self.holder, call, "encoder_attention_mask", states[:, :length])
         return args, call
+
+
+def _clock(call: dict[str, Any], cache: Any) -> Clock:
+    """Where the real tokens of a call stand, counted from the first."""
+    tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    past = 0 if cache is None else cache.get_seq_length()
+    end = past + tokens.shape[1] if isinstance(past, int) else None
+    positions = call.get("position_ids")
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + past
+    return Clock(positions if positions.dim() == 2 else positions[0], end)
 
 
 def _stamp(holder: Prompts) -> list[tuple[Names, list[str]]]:
