@@ -17,6 +17,8 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
 import tiny
@@ -451,6 +453,16 @@ def test_an_adapter_of_another_size_is_refused(method, tmp_path):
     with pytest.raises(ValueError, match="made for another model"):
         PeftModel.from_pretrained(larger, tmp_path)
     assert list(larger.state_dict()) == keys and not hasattr(larger, "peft_config")
+
+
+@every_method
+def test_an_adapter_of_another_architecture_is_refused(method, tmp_path):
+    fresh(method, tiny.LLAMA).save_pretrained(tmp_path)
+    sizes = {k: v for k, v in tiny.LLAMA.build().config.to_dict().items() if k in MistralConfig().to_dict()}
+    other = MistralForCausalLM(MistralConfig(**{**sizes, "model_type": "mistral", "architectures": None}))
+    with pytest.raises(ValueError, match=r"trained in a LlamaForCausalLM \(llama\)"):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert not hasattr(other, "peft_config")
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])

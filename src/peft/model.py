@@ -406,7 +406,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         for name, (tensors, config) in contents.items():
             config.inference_mode = True
             base = self.get_base_model()
-            if config.task_type is None:
+            if config.task_type is None or config.is_prompt_learning:
                 config.auto_mapping = {
                     "base_model_class": type(base).__name__,
                     "parent_library": type(base).__module__,

@@ -148,6 +148,7 @@ class PromptTuner(BaseTuner):
         if holder is None:
             holder = candidate
             holder.training = model.training
+        check_architecture(config, model)
         check_length(config, geometry)
         check_network(config)
         values = cls.fill(config, geometry)
@@ -306,6 +307,28 @@ def check_length(config: Any, geometry: Geometry) -> None:
                 f"`num_virtual_tokens` is {count}, but the model has only {geometry.positions} positions, and virtual tokens take them "
                 f"up: nothing would be left for the input. Use fewer than {geometry.positions}."
             )
+
+
+def check_architecture(config: Any, model: nn.Module) -> None:
+    """Refuse an adapter whose file says that it was trained in a model of another architecture: its numbers mean nothing here.
+
+    Raises:
+        ValueError: With both architectures.
+    """
+    trained = _architecture(str((config.auto_mapping or {}).get("parent_library")))
+    here = {found for cls in type(model).__mro__ if (found := _architecture(cls.__module__)) is not None}
+    if trained is not None and here and trained not in here:
+        raise ValueError(
+            f"The adapter was trained in a {config.auto_mapping.get('base_model_class')} ({trained}), but this model is a "
+            f"{type(model).__name__} ({', '.join(sorted(here))}). Virtual tokens mean nothing to another architecture: load it into "
+            f"{config.base_model_name_or_path or 'its own base model'}, or train a new one."
+        )
+
+
+def _architecture(module: str) -> str | None:
+    """The architecture of transformers that a module belongs to."""
+    package, _, rest = module.partition("transformers.models.")
+    return rest.partition(".")[0] or None if not package else None
 
 
 def check_network(config: Any) -> None:
