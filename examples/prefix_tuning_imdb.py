@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> float:
     train_loader = DataLoader(train_reviews, args.batch_size, shuffle=True, collate_fn=collate)
     test_loader = DataLoader(test_reviews, args.batch_size, collate_fn=collate)
 
+    # Attention without dropout takes torch's fused kernel on a CPU, with dropout the plain one; nothing else depends on it.
     model = BertForSequenceClassification.from_pretrained(
         source, num_labels=len(LABELS), attention_probs_dropout_prob=0.0
     )
