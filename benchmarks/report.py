@@ -211,7 +211,10 @@ def plot_growth(rows: Sequence[Row], file: Path) -> bool:
             ("peer", "peer", "tab:gray"),
             ("ours", "ours", "tab:blue"),
         ):
-            panel.plot(places, [median(getattr(row, column)) / scale for row in points], "o-", label=name, color=color)
+            measured = [(place, getattr(row, column)) for place, row in zip(places, points, strict=True)]
+            shown = [(place, median(values) / scale) for place, values in measured if values]  # loads have no bound
+            if shown:
+                panel.plot(*zip(*shown, strict=True), "o-", label=name, color=color)
         panel.set(xlabel=axis, ylabel=unit, title=measure, ylim=(0, None))
     axes[0, 0].legend()
     figure.savefig(file, dpi=150)
