@@ -149,9 +149,9 @@ class PromptTuner(BaseTuner):
             holder = candidate
             holder.training = model.training
         check_architecture(config, model)
-        check_length(config, geometry)
         check_network(config)
         values = cls.fill(config, geometry)
+        check_length(config, geometry)
         filled = copy.copy(config)
         for name, value in values.items():
             setattr(filled, name, value)
