@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .config import PeftConfig, TaskType
-from .core.prompts import NO_TASKS
+from .core.task_rows import NO_TASKS
 from .model import PeftModel
 
 

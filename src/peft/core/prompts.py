@@ -18,12 +18,11 @@ from .positions import Shift, position_modules
 from .prefixes import NotePast, Pair, Site
 from .prompt_table import ACTIVE, CROSS, FILE_KEY, MAIN, Layout, OwnLoss, PromptTable, Where
 from .sharding import is_dtensor, whole
+from .task_rows import NO_TASKS, adapter_of, task_numbers, task_of, with_task, without_tasks
 from .windows import Clock
 
 NAME = "peft_prompts"
 """The holder's name in the base model."""
-_TASK = "\0"
-"""Stands between an adapter's name and the number of a task, where rows have tasks: no adapter's name holds it."""
 
 Placement = Literal["prefix", "tokens"]
 
@@ -191,7 +190,7 @@ class Prompts(BaseTunerLayer):
             self.prompt_encoder[name] = table
 
     def _table(self, name: str) -> PromptTable:
-        table = self.prompt_encoder[_adapter(name)]
+        table = self.prompt_encoder[adapter_of(name)]
         assert isinstance(table, PromptTable)
         return table
 
@@ -205,7 +204,7 @@ class Prompts(BaseTunerLayer):
 
     def _prefixes(self, names: Names) -> list[str]:
         """Those of them that put keys and values of their own in front, in order."""
-        return [n for n in self._names(names) if self.placements.get(_adapter(n)) == "prefix"]
+        return [n for n in self._names(names) if self.placements.get(adapter_of(n)) == "prefix"]
 
     def _kinds(self) -> Sequence[Names]:
         """What acts on rows, each once."""
@@ -489,7 +488,7 @@ class Prompts(BaseTunerLayer):
                 self._task_rows = before_rows
             return
         mixed = None if self._disable_adapters else self._shared.plan
-        ids = _task_numbers(task_ids, rows if mixed is None else len(mixed.names))
+        ids = task_numbers(task_ids, rows if mixed is None else len(mixed.names))
         own = [n for n in self._active_adapter if n in self.placements]
         if not self._disable_adapters and mixed is None and len(own) > 1:
             raise ValueError(
@@ -505,7 +504,7 @@ class Prompts(BaseTunerLayer):
         if wrong:
             known = min(t for t in tasks.values() if t)
             raise ValueError(f"`task_ids` holds {wrong}, but the adapter has {known} tasks: 0 to {known - 1}.")
-        keys = [_with_task(one, i, tasks) for one, i in zip(names, ids, strict=True)]
+        keys = [with_task(one, i, tasks) for one, i in zip(names, ids, strict=True)]
         before, self._task_plan = self._task_plan, None if self._disable_adapters else MixedPlan(keys, expands=expands)
         try:
             yield
@@ -522,7 +521,7 @@ class Prompts(BaseTunerLayer):
         """Within this context the plan of a batch, if it has one, has these rows."""
         before = self._shared.plan, self._task_plan
         if self._shared.plan is not None:
-            self._shared.plan = MixedPlan([_without_tasks(names) for names in rows])
+            self._shared.plan = MixedPlan([without_tasks(names) for names in rows])
         if self._task_plan is not None:
             self._task_plan = MixedPlan(rows)
         try:
@@ -532,7 +531,7 @@ class Prompts(BaseTunerLayer):
 
     def token_names(self, names: Names) -> list[str]:
         """Those among the adapters that act on rows that have tokens at the input."""
-        return [n for n in self._names(names) if self.placements.get(_adapter(n)) == "tokens"]
+        return [n for n in self._names(names) if self.placements.get(adapter_of(n)) == "tokens"]
 
     def token_kinds(self) -> list[Names]:
         """What acts on rows, each once, where there are tokens at the input in it."""
@@ -540,7 +539,7 @@ class Prompts(BaseTunerLayer):
 
     def token_adapters(self) -> list[str]:
         """All adapters with tokens at the input that act on any row, each once whatever the tasks of rows."""
-        return list(dict.fromkeys(_adapter(n) for names in self._kinds() for n in self.token_names(names)))
+        return list(dict.fromkeys(adapter_of(n) for names in self._kinds() for n in self.token_names(names)))
 
     def loss_of(self, name: str) -> OwnLoss | None:
         """An adapter's own loss, if its method has one."""
@@ -549,7 +548,7 @@ class Prompts(BaseTunerLayer):
     def tokens(self, names: Names) -> torch.Tensor:
         """Virtual tokens of rows, (tokens, size); where each row has its own, in a compiled graph, (batch, tokens, size)."""
         tables = [
-            self._table(n).tokens(_task(n) if self._task_rows is None else self._task_rows)
+            self._table(n).tokens(task_of(n) if self._task_rows is None else self._task_rows)
             for n in self.token_names(names)
         ]
         if not tables:
@@ -637,54 +636,6 @@ class _Outside:
             self.stacks[MAIN](input_ids=input_ids)
 
 
-__all__ = ["FILE_KEY", "NAME", "NO_TASKS", "Placement", "PromptTable", "Prompts"]
-
-NO_TASKS = "`task_ids` is for multitask prompts; this adapter's method has none. Leave it out."
-
-
-def _adapter(name: str) -> str:
-    """The adapter that a row's name means."""
-    return name.partition(_TASK)[0]
-
-
-def _without_tasks(names: Names) -> Names:
-    """The adapters that a row's names mean."""
-    return _adapter(names) if isinstance(names, str) else tuple(_adapter(n) for n in names)
-
-
-def _with_task(names: Names, task: int, tasks: Mapping[str, int]) -> Names:
-    """A row's names with the number of its task, for adapters that have tasks."""
-    if isinstance(names, str):
-        return f"{names}{_TASK}{task}" if tasks[names] else names
-    return tuple(f"{n}{_TASK}{task}" if tasks[n] else n for n in names)
-
-
-def _task(name: str) -> int | None:
-    """The task that a row's name means, if it has one."""
-    task = name.partition(_TASK)[2]
-    return int(task) if task else None
-
-
-def _task_numbers(task_ids: Any, rows: int | None) -> list[int]:
-    """Task numbers of a batch as a list.
-
-    Raises:
-        ValueError: They are no whole numbers, or not one per row.
-    """
-    ids = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else task_ids
-    if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(
-            f"`task_ids` should be whole numbers of shape (batch,), one per row, got {task_ids!r}. For one task give "
-            "torch.full((batch,), task)."
-        )
-    if rows is not None and len(ids) != rows:
-        raise ValueError(
-            f"`task_ids` has {len(ids)} numbers, but the batch has {rows} rows. Give one per row: torch.full((batch,), task) "
-            "for one task."
-        )
-    return list(ids)
-
-
 def _fold(table: PromptTable) -> torch.Tensor:
     """The virtual tokens that a table makes, as a constant; of parameters spread over processes the whole ones make it."""
     state = table.state_dict(keep_vars=True)
@@ -693,3 +644,6 @@ def _fold(table: PromptTable) -> torch.Tensor:
             return table()
         gathered = {key: whole(tensor, key) for key, tensor in state.items()}
         return torch.func.functional_call(table, gathered)
+
+
+__all__ = ["FILE_KEY", "NAME", "Placement", "PromptTable", "Prompts"]
