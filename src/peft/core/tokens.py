@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import torch
 from torch import nn
+
+from .errors import did_you_mean
+
+TEXT_FIELDS = (("prompt_tuning_init_text", "the text"), ("tokenizer_name_or_path", "its tokenizer"))
+"""What a start from a text needs, in words."""
 
 
 def special_ids(config: Any) -> set[int]:
@@ -64,3 +70,27 @@ def text_tokens(config: Any, count: int, vocabulary: int) -> list[int]:
             "Use the model's own tokenizer."
         )
     return ids
+
+
+def checked_start(config: Any, starts: type[enum.Enum], needs: dict[str, tuple[tuple[str, str], ...]]) -> Any:
+    """The start that a configuration's ``prompt_tuning_init`` names, in any case of letters.
+
+    Args:
+        config: The configuration.
+        starts: The starts that its method knows.
+        needs: For starts that read other fields these fields, and what each is in words.
+
+    Raises:
+        ValueError: There is no such start, or it lacks what it starts from.
+    """
+    asked = config.prompt_tuning_init
+    known = [start.value for start in starts]
+    name = str(getattr(asked, "value", asked)).upper()
+    if name not in known:
+        raise ValueError(
+            f"Unknown `prompt_tuning_init` {asked!r}{did_you_mean(name, known)}. Use one of {', '.join(known)}."
+        )
+    for field, what in needs.get(name, ()):
+        if not getattr(config, field):
+            raise ValueError(f"With prompt_tuning_init={name!r}, `{field}` has to be given: {what} to start from.")
+    return starts(name)

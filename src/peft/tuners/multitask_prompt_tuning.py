@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from ..config import PeftType, PromptLearningConfig
-from ..core.errors import did_you_mean
 from ..core.files import load_peft_weights, read_tensors
 from ..core.prompt_table import FILE_KEY
 from ..core.prompt_tuner import Geometry, TokenTuner
 from ..core.prompts import Prompts, PromptTable
-from ..core.tokens import text_tokens
+from ..core.tokens import TEXT_FIELDS, checked_start, text_tokens
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):
@@ -69,21 +68,9 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         self.peft_type = PeftType.MULTITASK_PROMPT_TUNING
         super().__post_init__()
-        known = [i.value for i in _Init]
-        start = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)).upper()
-        if start not in known:
-            raise ValueError(
-                f"Unknown `prompt_tuning_init` {self.prompt_tuning_init!r}{did_you_mean(start, known)}. Use one of {', '.join(known)}."
-            )
-        self.prompt_tuning_init = _Init(start)
-        needed: tuple[tuple[str, str], ...] = ()
-        if self.prompt_tuning_init is _Init.TEXT:
-            needed = (("prompt_tuning_init_text", "the text"), ("tokenizer_name_or_path", "its tokenizer"))
-        elif self.prompt_tuning_init in _FROM_SOURCE:
-            needed = (("prompt_tuning_init_state_dict_path", "the adapter"),)
-        for name, what in needed:
-            if not getattr(self, name):
-                raise ValueError(f"With prompt_tuning_init={start!r}, `{name}` has to be given: {what} to start from.")
+        source = (("prompt_tuning_init_state_dict_path", "the adapter"),)
+        needs = {"TEXT": TEXT_FIELDS, **{start.value: source for start in _FROM_SOURCE}}
+        self.prompt_tuning_init = checked_start(self, _Init, needs)
         for name, what in (("num_tasks", "tasks"), ("num_ranks", "ranks")):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

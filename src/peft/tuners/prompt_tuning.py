@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from ..config import PeftType, PromptLearningConfig
-from ..core.errors import did_you_mean
 from ..core.prompt_tuner import Geometry, TokenTuner
 from ..core.prompts import PromptTable
-from ..core.tokens import text_tokens
+from ..core.tokens import TEXT_FIELDS, checked_start, text_tokens
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -49,18 +48,8 @@ class PromptTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         self.peft_type = PeftType.PROMPT_TUNING
         super().__post_init__()
-        known = [i.value for i in PromptTuningInit]
-        start = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)).upper()
-        if start not in known:
-            raise ValueError(
-                f"Unknown `prompt_tuning_init` {self.prompt_tuning_init!r}{did_you_mean(start, known)}. Use one of {', '.join(known)}."
-            )
-        self.prompt_tuning_init = PromptTuningInit(start)
-        if self.prompt_tuning_init is PromptTuningInit.TEXT:
-            for name, what in (("prompt_tuning_init_text", "the text"), ("tokenizer_name_or_path", "its tokenizer")):
-                if not getattr(self, name):
-                    raise ValueError(f"With prompt_tuning_init='TEXT', `{name}` has to be given: {what} to start from.")
-        elif self.tokenizer_kwargs:
+        self.prompt_tuning_init = checked_start(self, PromptTuningInit, {"TEXT": TEXT_FIELDS})
+        if self.tokenizer_kwargs and self.prompt_tuning_init is not PromptTuningInit.TEXT:
             raise ValueError("`tokenizer_kwargs` are used with prompt_tuning_init='TEXT' only. Leave them out.")
 
 
