@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import BERT, FROZEN, FULL, LLAMA, METHODS, Shape, build_model, find
+from benchmarks.methods import BERT, FROZEN, FULL, LLAMA, METHODS, Shape
 from benchmarks.sides import Side
 
 LARGE = replace(LLAMA, name="Llama-like 8×576, batch 16×512", batch=16, tokens=512)
@@ -31,28 +31,20 @@ def measure(shape: Shape, name: str, device: str, dtype: str) -> dict[str, float
     """Milliseconds of a step and MiB of its peak, or `None` where this side lacks the method."""
     import torch
 
-    import peft
+    from benchmarks.worker import Subject
 
-    torch.manual_seed(0)
-    model = build_model(shape)
-    if name == FROZEN:
-        model.requires_grad_(False)
-        model.enable_input_require_grads()
-    elif name != FULL:
-        try:
-            config = find(METHODS, name).config(peft, shape)
-        except AttributeError:
-            return None
-        model = peft.get_peft_model(model, config)
-    model = model.to(device).train()
-    ids = torch.randint(1024, (shape.batch, shape.tokens), device=device)
-    probe = torch.randn(shape.batch, shape.tokens, shape.sizes["hidden_size"], device=device)
+    try:
+        subject = Subject.build(shape, name)
+    except AttributeError:
+        return None
+    subject.model.to(device)
+    subject.inputs, subject.probe = subject.inputs.to(device), subject.probe.to(device)
     on_gpu = device == "cuda"
 
     def step() -> None:
         with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
-            hidden = model(input_ids=ids).last_hidden_state
-        (hidden[:, -shape.tokens :].float() * probe).sum().backward()
+            loss = subject.loss()
+        loss.backward()
         if on_gpu:
             torch.cuda.synchronize()
 

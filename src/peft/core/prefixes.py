@@ -237,9 +237,8 @@ def attention_with_prefix(
         rest = kwargs["position_bias"].expand(bias.shape[0], -1, -1, -1)
         kwargs["position_bias"] = torch.cat([bias.to(query.dtype).expand(rest.shape[0], -1, -1, -1), rest], dim=-1)
     kernel = site.config._attn_implementation or "eager"
-    if kernel.startswith(
-        "flash"
-    ):  # counts the window itself, from the last key, and with it what stands before the tokens
+    if kernel.startswith("flash"):
+        # It counts the window itself, from the last key, and with it what stands before the tokens.
         check_flash_window(site, window, keys + length)
     else:
         visible = visible_within(site, window, key)
@@ -292,9 +291,8 @@ def _spares_mask(module: Any, query: torch.Tensor, kwargs: dict[str, Any]) -> bo
     """Whether a mask costs more than queries of no use: it rules out flash kernels, and grouped keys have to be repeated."""
     grouped = getattr(module, "num_key_value_groups", 1) > 1
     if grouped and query.device.type == "cuda" and query.dtype == torch.float32:
-        return (
-            False  # without a mask grouped keys are not repeated, and for fp32 no kernel takes them but the plain one
-        )
+        # Without a mask grouped keys are not repeated, and for fp32 no kernel takes them but the plain one.
+        return False
     return (grouped or query.device.type != "cpu") and kwargs.get("position_bias") is None
 
 
