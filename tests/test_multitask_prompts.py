@@ -129,6 +129,18 @@ def test_tasks_and_adapters_by_row_with_another_method_beside_them():
         assert torch.equal(made[index], alone[0])
 
 
+def test_a_row_of_two_adapters_with_tasks_has_those_that_both_have():
+    base, inputs = tiny.LLAMA, tiny.LLAMA.inputs()
+    model = trained(base)
+    model.add_adapter("few", config(base, num_tasks=2))
+    rows = {"adapter_names": [("default", "few")] * 4}
+    both = run(model, inputs, **rows, task_ids=torch.tensor([0, 1, 1, 0]))
+    one = run(model, row(inputs, 1), adapter_names=[("default", "few")], task_ids=torch.tensor([1]))
+    torch.testing.assert_close(both[1:2], one, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"holds \[2\], but the adapter has 2 tasks: 0 to 1"):
+        run(model, inputs, **rows, task_ids=torch.tensor([0, 1, 2, 0]))
+
+
 def test_one_task_needs_no_numbers_and_transformers_loads_it(tmp_path):
     model, inputs = trained(tiny.LLAMA, num_tasks=1), tiny.LLAMA.inputs()
     found = run(model, inputs, task_ids=[0] * 4)

@@ -499,8 +499,9 @@ class Prompts(BaseTunerLayer):
         tasks = {n: self._table(n).tasks if n in self.placements else 0 for n in adapters}
         if not self._disable_adapters and mixed is None and not any(tasks.values()):
             raise ValueError(NO_TASKS)
-        counted = [(i, max(tasks[n] for n in adapters_of(one))) for one, i in zip(names, ids, strict=True)]
-        wrong = sorted({i for i, count in counted if count and not 0 <= i < count})
+        # Several adapters that act on a row all read its number.
+        counts = [[tasks[n] for n in adapters_of(one) if tasks[n]] for one in names]
+        wrong = sorted({i for i, here in zip(ids, counts, strict=True) if here and not 0 <= i < min(here)})
         if wrong:
             known = min(t for t in tasks.values() if t)
             raise ValueError(f"`task_ids` holds {wrong}, but the adapter has {known} tasks: 0 to {known - 1}.")
