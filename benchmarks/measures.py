@@ -44,7 +44,6 @@ class Plan:
         full: Whether full fine-tuning is measured beside them.
         sections: A part of `SECTIONS`.
         repeats: Rounds of the step and forward times.
-        peak_repeats: Fresh processes for each peak.
         imports: The lines whose import time is measured.
         import_repeats: Fresh processes for each import time.
         operation_repeats: Rounds of the operations.
@@ -58,7 +57,6 @@ class Plan:
     full: bool
     sections: Sequence[str]
     repeats: int
-    peak_repeats: int
     imports: Sequence[str]
     import_repeats: int
     operation_repeats: int
@@ -192,15 +190,13 @@ def _seconds(worker: WorkerProcess, subject: str) -> dict[str, float]:
 def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Peak memory of fresh processes that make two training steps with their optimizer."""
 
-    def measure(shape: Shape, subject: str, measured: Sequence[Side]) -> dict[str, list[dict[str, float]]]:
+    def measure(shape: Shape, subject: str, measured: Sequence[Side]) -> dict[str, dict[str, float]]:
         say(f"{shape.name}: peak memory of {subject}")
-        found: dict[str, list[dict[str, float]]] = {side.name: [] for side in measured}
-        for _ in range(plan.peak_repeats):
-            with workers(*measured) as pair:
-                for worker in pair:
-                    value = worker.ask("peak", shape=shape.name, method=subject, **plan.options)
-                    found[worker.side.name].append(value)
-        return found
+        with workers(*measured) as pair:
+            return {
+                worker.side.name: worker.ask("peak", shape=shape.name, method=subject, **plan.options)
+                for worker in pair
+            }
 
     for shape in plan.shapes:
         bounds = measure(shape, FROZEN, sides)
@@ -210,8 +206,7 @@ def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
             for key, name in (("process", "peak memory"), ("added", "peak memory above the imports")):
                 row = Row(shape.name, f"{method.name}: {name}", "bytes", FROZEN)
                 for side in having:
-                    for value, bound in zip(values[side.name], bounds[side.name], strict=True):
-                        row.add(side.name, value[key], bound[key])
+                    row.add(side.name, values[side.name][key], bounds[side.name][key])
                 yield row
 
 
@@ -342,12 +337,11 @@ def make_plan(
         methods=methods or [method for method in METHODS if method.quick or not quick],
         full=not quick,
         sections=sections,
-        repeats=repeats or (3 if quick else 15),
-        peak_repeats=1 if quick else 3,
+        repeats=repeats or (3 if quick else 7),
         imports=IMPORTS[:1] if quick else IMPORTS,
-        import_repeats=1 if quick else 9,
+        import_repeats=1 if quick else 5,
         operation_repeats=1 if quick else 3,
-        mixed_repeats=3 if quick else 9,
+        mixed_repeats=3 if quick else 5,
         loads=20 if quick else 60,
         options=options or {},
     )

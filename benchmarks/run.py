@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="a section, shape or method; may be repeated"
     )
-    parser.add_argument("--repeats", type=int, help="rounds of step and forward times (15; quick: 5)")
+    parser.add_argument("--repeats", type=int, help="rounds of step and forward times (7; quick: 3)")
     parser.add_argument("--ours", default=sys.executable, metavar="PYTHON", help="our interpreter (default: this one)")
     parser.add_argument("--peer", default=peer, metavar="PYTHON", help="the peer's (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each worker (%(default)s)")

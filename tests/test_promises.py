@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import tiny
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.core.checkpoints import training_tensors
-from peft.core.holder import adapted_modules
+from peft.core.holder import BaseTunerLayer, adapted_modules
 from peft.core.layer import AdapterLayer
 from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, SETTINGS, equal, logits, outputs, own_tensors, randomise
 
@@ -202,6 +202,50 @@ def test_adapters_are_switched_deleted_and_added_again(setting, base):
     model.set_adapter("other")
     assert torch.equal(logits(model, base), second)
     assert all(p.requires_grad == ("other" in n) for n, p in model.named_parameters() if "other" in n or "default" in n)
+
+
+@every_method
+def test_switching_leaves_exactly_the_active_adapter_trainable_whatever_happened_in_between(setting, base):
+    model = two_adapters(setting, base)
+
+    def holds():
+        for name, parameter in model.named_parameters():
+            parts = name.split(".")
+            if "default" in parts or "other" in parts:
+                assert parameter.requires_grad == (model.active_adapter in parts), name
+        assert any(p.requires_grad for p in model.parameters())
+
+    def switch():
+        model.set_adapter("default" if model.active_adapter == "other" else "other")
+        holds()
+
+    switch()
+    for parameter in model.parameters():  # by hand
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    switch()
+    # Wrappers put other modules and parameters in place.
+    for layer in [m for m in model.modules() if isinstance(m, BaseTunerLayer)]:
+        for slot in layer.adapter_layer_names:
+            holder = getattr(layer, slot)
+            for name in list(holder):
+                new = copy.deepcopy(holder[name])
+                for parameter in [new] if isinstance(new, torch.nn.Parameter) else new.parameters():
+                    parameter.requires_grad_(True)
+                holder[name] = new
+    switch()
+    for module in [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "other" in n.split(".")]:
+        torch.nn.utils.parametrize.register_parametrization(module, "weight", torch.nn.Identity())
+        module.parametrizations.weight.original.requires_grad_(True)
+    switch()
+    switch()
+    twin = copy.deepcopy(model)
+    switch()
+    assert [p.requires_grad for p in twin.parameters()] != [p.requires_grad for p in model.parameters()]
+    model.delete_adapter("other") if model.active_adapter == "default" else model.delete_adapter("default")
+    left = next(iter(model.peft_config))
+    model.set_adapter(left)
+    holds()
 
 
 @every_method

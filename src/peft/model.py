@@ -77,6 +77,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> None:
         super().__init__()
         self._add_head(peft_config, model)
+        checkpoints = is_checkpointing(model)  # asks every module, and there are fewer before
         tuner_cls = get_method(peft_config.peft_type).tuner_cls
         tuner = tuner_cls(
             model,
@@ -90,7 +91,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names", "allow_mixed_training"}
         self._name_base(peft_config)
-        if is_checkpointing(model):
+        if checkpoints:
             self.prepare_model_for_gradient_checkpointing(model)
         # Tensor parallelism inside pretraining splits weights in a way that adapters do not see.
         base_config = getattr(model, "config", None)

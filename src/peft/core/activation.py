@@ -38,10 +38,14 @@ def set_adapter(
     layers = [layer for _, layer in adapted_modules(model) if isinstance(layer, layer_cls)]
     names = require_adapters(model, adapter_name, configs_of(model) or {n for m in layers for n in m.adapter_names()})
     for layer in layers:
-        if hasattr(layer, "modules_to_save") and sum(layer.has_adapter(n) for n in names) > 1:
-            layer.set_adapter(names)  # raises, before anything has been changed
+        if "modules_to_save" in layer._modules:
+            layer.copy_of(names)  # type: ignore[operator]  # raises, before anything has been changed
+    if layers:
+        layers[0]._shared.flags.train_only(layers, () if inference_mode else names)
     for layer in layers:
-        layer.set_adapter(names, inference_mode)
+        layer.__dict__["_active_adapter"] = list(
+            names
+        )  # past torch's own bookkeeping, which takes longer than all the rest
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

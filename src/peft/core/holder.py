@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import did_you_mean, doubt
+from .flags import set_flag
 from .mixed import Shared
 
 
@@ -30,13 +31,13 @@ class BaseTunerLayer(nn.Module):
 
     _disable_adapters: bool
     _active_adapter: list[str]
+    _shared: Shared
+    merged_adapters: list[str]
 
     def __init__(self) -> None:
         super().__init__()
-        self._disable_adapters = False
-        self._active_adapter = []
-        self.merged_adapters: list[str] = []
-        self._shared = Shared()
+        # Plain attributes go past torch's bookkeeping: a model gets hundreds of layers at once.
+        self.__dict__.update(_disable_adapters=False, _active_adapter=[], merged_adapters=[], _shared=Shared())
 
     # -- what is there ---------------------------------------------------------------------------------------------
 
@@ -107,19 +108,9 @@ class BaseTunerLayer(nn.Module):
             inference_mode: Leave the active ones frozen too.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        trained = set() if inference_mode else set(names)
-        # Over the dictionaries below the modules' own look-ups: this visits every adapter of every layer.
-        modules: dict[str, Any] = self._modules
-        for slot in self.adapter_layer_names:
-            holder = modules[slot]
-            for name, parameter in holder._parameters.items():
-                if parameter.requires_grad is not (name in trained):
-                    _set_flag(parameter, name in trained)
-            for name, module in holder._modules.items():
-                for parameter in module.parameters() if module._modules else module._parameters.values():
-                    if parameter is not None and parameter.requires_grad is not (name in trained):
-                        _set_flag(parameter, name in trained)
-        self.__dict__["_active_adapter"] = names
+        for name in self.adapter_names():
+            self._set_trainable(name, name in names and not inference_mode)
+        self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the layer on (its active adapters become trainable) or off (the plain base layer, all frozen)."""
@@ -140,7 +131,7 @@ class BaseTunerLayer(nn.Module):
 
     def _set_trainable(self, name: str, requires_grad: bool) -> None:
         for parameter in self.adapter_parameters(name):
-            _set_flag(parameter, requires_grad)
+            set_flag(parameter, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; where it was the only active one the first that is left becomes active."""
@@ -157,8 +148,10 @@ class BaseTunerLayer(nn.Module):
 
     def enter(self, model: nn.Module, name: str) -> None:
         """Take the place of the module of this name."""
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
+        *path, child = name.split(".")
+        parent: Any = model
+        for part in path:
+            parent = parent._modules[part]
         if isinstance(parent, (nn.ModuleList, nn.Sequential)):
             parent[int(child)] = self
         else:
@@ -232,13 +225,6 @@ class BaseTunerLayer(nn.Module):
         """Undo :meth:`scale_layer`."""
 
 
-def _set_flag(parameter: torch.Tensor | None, requires_grad: bool) -> None:
-    if parameter is None or parameter.requires_grad == requires_grad:
-        return
-    if parameter.is_floating_point() or parameter.is_complex():
-        parameter.requires_grad_(requires_grad)
-
-
 # -- walking ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +243,7 @@ def adapted_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, B
         if isinstance(module, BaseTunerLayer):
             yield name, module
             base = module._modules.get("base_layer")
-            if base is not None:
+            if base is not None and (base._modules or isinstance(base, BaseTunerLayer)):
                 stack.append((f"{name}.base_layer" if name else "base_layer", base))
             continue
         for child_name, child in reversed(module._modules.items()):

@@ -107,6 +107,9 @@ def inject(
     for field, value in values.items():
         setattr(config, field, value)
     active = next((m.active_adapters for _, m in adapted_modules(model)), [adapter_name])
+    if first:
+        for parameter in model.parameters():
+            parameter.requires_grad = False
     for place in placements:
         if place.is_new:
             place.layer.enter(model, place.name)
@@ -121,12 +124,9 @@ def inject(
             wrapper.enter(model, name)
         _join(wrapper, shared, active)
         wrapper.install(adapter_name, copies[name])
-    if first:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
     if first or activate:
         for _, layer in adapted_modules(model):
-            layer._active_adapter = [adapter_name]
+            layer.__dict__["_active_adapter"] = [adapter_name]
             layer.set_requires_grad(adapter_name, not config.inference_mode)
     if not config.inference_mode:
         _train_biases(model, config, adapter_name)
@@ -226,7 +226,7 @@ def _build(
     wanted += [(n, m, TokenRowsLayer, TokenRowsLayer.wrap, False) for n, m in find_token_rows(model, config).items()]
     outermost: dict[str, nn.Module] = {}  # one module may get two layers
     for name, module, layer_cls, make, attached in wanted:
-        parent = model.get_submodule(name.rpartition(".")[0])
+        parent = modules.get(name.rpartition(".")[0], model)
         check_supported(name, module, parent, attached)
         layer = _layer_on(module, layer_cls)
         is_new = layer is None
@@ -317,8 +317,7 @@ def _layer_on(module: nn.Module, layer_cls: type[AdapterLayer]) -> AdapterLayer 
 
 def _join(layer: BaseTunerLayer, shared: Shared, active: list[str]) -> None:
     if layer._shared is not shared:
-        layer._shared = shared
-        layer._active_adapter = list(active)
+        layer.__dict__.update(_shared=shared, _active_adapter=list(active))
 
 
 def _outside_heads(places: dict[str, nn.Module], heads: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -125,9 +125,9 @@ class Factor(nn.Linear):
 
     def __init__(self, weight: torch.Tensor) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
-        self.register_parameter("bias", None)
+        out_features, in_features = weight.shape
+        self.__dict__.update(out_features=out_features, in_features=in_features)
+        self._parameters.update(weight=nn.Parameter(weight, requires_grad=weight.is_floating_point()), bias=None)
 
     def _get_name(self) -> str:
         return "Linear"

@@ -82,27 +82,36 @@ class AdapterLayer(BaseTunerLayer):
     follows: AdapterLayer | None = None
     """The adapted layer whose adapters act here, where this one only shares its weight."""
 
+    base_layer: nn.Module
+    kind: LayerKind
+    attachment: Attachment
+    out_features: int
+    in_features: int
+    matrix_shape: tuple[int, ...]
+    cast_input_dtype_enabled: bool
+    memo: Memo
+    _first: dict[str, AdapterLayer]
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
         kind = kind_of(base, self.attached_as is not None)
         if kind is None:
             raise ValueError(f"{type(self).__name__} cannot adapt a layer of type {type(base_layer).__name__}.")
-        self.kind: LayerKind = kind
-        self.attachment = Attachment(self)
+        attachment = Attachment(self)
         if not kind.has_matrix and any(True for _ in base.children()):
-            self.attachment.block = base
+            attachment.block = base
         else:
-            self.base_layer = base_layer
-        self.out_features, self.in_features = kind.features(self.get_base_layer())
-        self.matrix_shape = kind.shape(self.get_base_layer())
-        self.cast_input_dtype_enabled = True
-        self.memo = Memo()
-        self._first: dict[str, AdapterLayer] = {}
+            self._modules["base_layer"] = base_layer
+        out_features, in_features = kind.features(base)
+        self.__dict__.update(
+            kind=kind, attachment=attachment, out_features=out_features, in_features=in_features,
+            matrix_shape=kind.shape(base), cast_input_dtype_enabled=True, memo=Memo(), _first={},
+        )  # fmt: skip
         for slot in self.linear_slots + self.vector_slots:
-            setattr(self, slot, nn.ModuleDict())
+            self._modules[slot] = nn.ModuleDict()
         for slot in self.parameter_slots:
-            setattr(self, slot, nn.ParameterDict())
+            self._modules[slot] = nn.ParameterDict()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -439,7 +448,9 @@ class AdapterLayer(BaseTunerLayer):
                 getattr(self, slot)[name].register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
             else:
                 module = self._module_for(slot, tensor)
-                module.requires_grad_(False)
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad = False
                 module.training = self.training
                 getattr(self, slot)[name] = module
 

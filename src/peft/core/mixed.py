@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import did_you_mean, shorten
+from .flags import FlagIndex
 
 BASE = "__base__"
 
@@ -28,6 +29,7 @@ class Shared:
 
     def __init__(self) -> None:
         self.plan: MixedPlan | None = None
+        self.flags = FlagIndex()
 
 
 class Groups:

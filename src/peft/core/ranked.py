@@ -17,11 +17,13 @@ from .mixed import Groups
 class ScaledLayer(AdapterLayer):
     """A layer whose adapters have a rank ``r`` and a factor ``scaling`` on their update, which can be changed at run time."""
 
+    r: dict[str, int]
+    scaling: dict[str, Any]  # numbers, or tensors of one where compiled code is to read them
+    _start_scaling: dict[str, float]
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.r: dict[str, int] = {}
-        self.scaling: dict[str, Any] = {}  # numbers, or tensors of one where compiled code is to read them
-        self._start_scaling: dict[str, float] = {}
+        self.__dict__.update(r={}, scaling={}, _start_scaling={})
 
     @staticmethod
     def rank_and_alpha(config: Any, target: str, alpha: float) -> tuple[int, float]:

@@ -38,13 +38,16 @@ class LoraLayer(ScaledLayer):
     vector_slots = ("lora_magnitude_vector",)
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "lora_start", "use_dora", "lora_bias")
 
+    lora_alpha: dict[str, float]
+    lora_dropout: nn.ModuleDict
+    lora_start: nn.ModuleDict
+    use_dora: dict[str, bool]
+    lora_bias: dict[str, bool]
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.lora_alpha: dict[str, float] = {}
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_start = nn.ModuleDict()
-        self.use_dora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
+        self._modules.update(lora_dropout=nn.ModuleDict(), lora_start=nn.ModuleDict())
+        self.__dict__.update(lora_alpha={}, use_dora={}, lora_bias={})
         if getattr(self.get_base_layer(), "groups", 1) > 1:
             self.why_no_merge = (
                 "LoRA's A reads all input channels of a grouped convolution, and its weight has no place for that; "
