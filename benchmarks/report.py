@@ -22,8 +22,9 @@ class Ratio:
 
     @classmethod
     def of(cls, values: Sequence[float], bounds: Sequence[float]) -> Ratio | None:
-        """The ratios of values to bounds measured next to them; none where one of the two was not measured."""
-        ratios = [value / bound for value, bound in zip(values, bounds, strict=True)] if values and bounds else []
+        """The ratios of values to bounds measured next to them; none where one of the two was not measured, or the bound is zero."""
+        pairs = zip(values, bounds, strict=True) if values and bounds else ()
+        ratios = [value / bound for value, bound in pairs if bound]
         if not ratios:
             return None
         if len(ratios) == 1:

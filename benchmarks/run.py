@@ -67,12 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     sides = [Side.make(n, os.path.abspath(p), args.threads) for n, p in (("ours", args.ours), ("peer", args.peer))]
     settings = describe(sides) | {"threads": args.threads, "rounds": plan.repeats, "quick": args.quick} | options
     rows: list[Row] = []
+    files: list[Path] = []
     for section in plan.sections:
         rows += SECTIONS[section](plan, sides, say)
-    order = list(dict.fromkeys(row.section for row in rows))
-    rows.sort(key=lambda row: order.index(row.section))
+        order = list(dict.fromkeys(row.section for row in rows))
+        rows.sort(key=lambda row: order.index(row.section))
+        files = write(rows, settings, args.out)  # each time: an hour's work is not lost with its last minute
     say("done")
-    files = write(rows, settings, args.out)
     print(markdown(rows, settings))
     print("Written:", *files)
     return 0

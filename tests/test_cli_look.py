@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import recipe_data as data
 from peft.cli import app
 from peft.recipes.methods import methods
 from peft.recipes.runs import load_run
+from peft.recipes.training import Order
 from test_cli import run, runner
 
 
@@ -105,6 +112,25 @@ def test_comparing_starts_processes(recipe, tmp_path):
     run("compare", recipe, "--methods", "head", "--out", tmp_path / "one", "training.max_steps=2")
     (only,) = json.loads((tmp_path / "one" / "comparison.json").read_text())["runs"]
     assert only["report"]["steps"] == 2 and "parameters train" in (tmp_path / "one" / "head-0" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(recipe, tmp_path, number):
+    """In the background of a shell Ctrl-C is ignored, by children too; SIGTERM went to the parent alone."""
+    out = tmp_path / "stopped"
+    args = ["compare", str(recipe), "--methods", "head", "--out", str(out), "epochs=200"]
+    with subprocess.Popen([sys.executable, "-m", "peft", *args], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not any((out / "head-0").glob("checkpoints/*/trainer_state.json")):  # it trains
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "The same command goes on from here." in said
+    log = (out / "head-0" / "log.txt").read_text()
+    stopped = re.search(r"Stopped at step (\d+) of", log)
+    assert stopped, log
+    assert (out / "head-0" / "checkpoints" / f"checkpoint-{stopped[1]}").exists()
 
 
 def test_comparing_survives_a_failure_resumes_and_reports(recipe, tmp_path, monkeypatch):
@@ -273,3 +299,99 @@ def test_several_tasks_share_one_base(bert, tmp_path):
     ):
         assert message in run("predict", "--adapters", wrong, "x", code=1).stderr
     assert "holds several tasks: name one of" in run("evaluate", tmp_path / "run", code=1).stderr
+
+
+@pytest.fixture(scope="module")
+def shared_tasks(bert, tmp_path_factory):
+    """A recipe of two tasks that train one adapter together."""
+    folder = tmp_path_factory.mktemp("shared")
+    reviews = data.write_csv(folder / "reviews.csv", data.reviews(80))
+    entities = data.write_json_lines(folder / "entities.jsonl", data.entities())
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"model: {bert}\nmethod: {{name: p-tuning-v2, num_virtual_tokens: 5, reparameterization: mlp}}\nshared: true\n"
+        "training: {epochs: 8, learning_rate: 0.02, save_every: 2}\ntasks:\n"
+        f"  mood: {{task: sequence-classification, data: {{train: {reviews}, max_length: 32}}}}\n"
+        f"  names: {{task: token-classification, data: {{train: {entities}, max_length: 48}}}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("method", ["p-tuning-v2", "lora", "prompt-tuning", "bottleneck"])
+def test_tasks_train_one_adapter_together(shared_tasks, tmp_path, method):
+    out = tmp_path / "run"
+    said = run("train", shared_tasks, "--out", out, *([] if method == "p-tuning-v2" else [f"method={method}"])).output
+    assert "— mood: sequence-classification —" in said and "mood.accuracy" in said and "2 adapters take" in said
+    weights = {n: load_file(out / n / "adapter_model.safetensors") for n in ("mood", "names")}
+    heads = {n: {k for k in w if "classifier" in k} for n, w in weights.items()}
+    assert heads["mood"] and heads["names"]
+    common = weights["mood"].keys() - heads["mood"]
+    assert common and common == weights["names"].keys() - heads["names"]
+    assert all(torch.equal(weights["mood"][k], weights["names"][k]) for k in common)
+    reports = json.loads((out / "metrics.json").read_text())["tasks"]
+    if method == "lora":  # prompts hardly learn on a model of random weights
+        assert reports["mood"]["test"]["accuracy"] >= 0.8
+    assert any("eval_accuracy" in e for e in reports["mood"]["history"]) and any(
+        "eval_f1" in e for e in reports["names"]["history"]
+    )
+    # Measured through the folders, as it was while it trained: the best score is the mean of what the two say of the same rows.
+    best = reports["mood"]["best"]
+    found = [reports["mood"]["validation"]["accuracy"], reports["names"]["validation"]["f1"]]
+    assert best["metric"] == "score" and best["value"] == pytest.approx(sum(found) / 2, abs=1e-6)
+    texts = ["Ann lives in Rome the film was lovely", "a dull story"]
+    for line, alone in zip(
+        run("predict", out, *texts).stdout.splitlines(),
+        run("predict", out / "mood", *texts).stdout.splitlines(),
+        strict=True,
+    ):
+        assert json.loads(line)["mood"]["score"] == pytest.approx(json.loads(alone)["score"], abs=1e-4)
+    assert (
+        "holds the finished run already"
+        in run(
+            "train", shared_tasks, "--out", out, "--resume", *([] if method == "p-tuning-v2" else [f"method={method}"])
+        ).output
+    )
+
+
+def test_tasks_that_train_together_go_on_where_they_were_stopped(shared_tasks, tmp_path, monkeypatch):
+    from peft.recipes import training
+
+    begin = training.Progress.on_step_begin
+
+    def interrupt(self, args, state, control, **kwargs):
+        begin(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run("train", shared_tasks, "--out", tmp_path / "whole", "epochs=2")
+    monkeypatch.setattr(training.Progress, "on_step_begin", interrupt)
+    assert "Stopped at step 6" in run("train", shared_tasks, "--out", tmp_path / "stopped", "epochs=2", code=130).stderr
+    monkeypatch.undo()
+    assert "Going on from" in run("train", shared_tasks, "--out", tmp_path / "stopped", "epochs=2", "--resume").output
+    for name in ("mood", "names"):
+        one, other = (load_file(tmp_path / n / name / "adapter_model.safetensors") for n in ("whole", "stopped"))
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["method=full"], "`shared` is for adapters"),
+        (["training.gradient_checkpointing=true"], "gradient_checkpointing is not there"),
+        (["tasks.mood.method.name=lora"], "tasks.mood.method belongs beside `tasks`"),
+        (["tasks.mood.training.epochs=3"], "tasks.mood.training belongs beside `tasks`"),
+    ],
+)
+def test_what_tasks_cannot_share_is_refused(shared_tasks, tmp_path, changes, message):
+    assert message in run("train", shared_tasks, "--out", tmp_path / "run", *changes, code=1).stderr
+
+
+def test_batches_of_several_kinds_are_of_one_kind_each():
+    kinds = ["a"] * 10 + ["b"] * 7
+    order = Order([len(str(i)) for i in range(17)], 4, 0, True, kinds)
+    rows = list(order)
+    batches = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+    assert len(rows) == len(order) == 20 and all(len({kinds[i] for i in b}) == 1 for b in batches)
+    assert set(rows) == set(range(17))
+    order.set_epoch(1)
+    assert list(order) != rows

@@ -200,6 +200,49 @@ def test_biases_train_and_are_saved(bias, tmp_path):
         model.add_adapter("second", LoraConfig(target_modules=["first"], bias=bias))
 
 
+@pytest.mark.parametrize("targets", [["query_proj", "value_proj"], ["value_proj"]])
+def test_positions_that_deberta_computes_once_for_all_rows_take_one_adapter(targets):
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+    }
+    torch.manual_seed(0)
+    base = DebertaV2Model(
+        DebertaV2Config(
+            **sizes, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=8
+        )
+    )
+    model = get_peft_model(base, LoraConfig(target_modules=targets), "a").eval()
+    model.add_adapter("b", LoraConfig(target_modules=targets))
+    for seed, name in enumerate("ab"):
+        randomise(model, name, seed)
+    ids = torch.randint(3, 64, (3, 7))
+
+    def output(**arguments):
+        with torch.no_grad():
+            return model(input_ids=ids, **arguments).last_hidden_state
+
+    alone = {}
+    for name in "ab":
+        model.set_adapter(name)
+        alone[name] = output()
+    assert (alone["a"] - alone["b"]).abs().max() > 1e-3
+    torch.testing.assert_close(output(adapter_names=["a"] * 3), alone["a"])
+    if "query_proj" in targets:
+        with pytest.raises(ValueError, match="relative positions once for all rows"):
+            output(adapter_names=["a", "b", "__base__"])
+        torch.testing.assert_close(output(adapter_names=["b"] * 3), alone["b"])  # nothing is left behind
+    else:
+        torch.testing.assert_close(
+            output(adapter_names=["a", "b", "a"])[:2], torch.stack([alone["a"][0], alone["b"][1]])
+        )
+
+
 def test_row_wise_inputs_that_do_not_fit_a_mixed_batch_are_errors():
     class Regrouping(Net):
         def forward(self, x):

@@ -25,6 +25,7 @@ from .targets import (
     base_modules,
     check_supported,
     find_targets,
+    repeats_rows,
     shortest_names,
 )
 from .tied import TiedLayer, by_weight, follower, leaders, tied_modules, tied_to
@@ -234,6 +235,7 @@ def _build(
             if layer is None:
                 layer = outermost[name] = make(outermost.get(name, module), config)
                 layer.training = module.training
+                layer.is_repeated = repeats_rows(parent)
             if layer.why_no_merge is None and layer.merged:
                 raise PeftError("other adapters are merged into it; call unmerge_adapter() first")
             parts = layer.build(config, name, "meta" if on_meta else None)

@@ -20,7 +20,7 @@ from .blocks import Attachment
 from .errors import PeftError, doubt
 from .holder import BaseTunerLayer
 from .kinds import LayerKind, Vector, kind_of
-from .mixed import Groups, Names, adapters_of, by_rows
+from .mixed import Groups, MixedPlan, Names, adapters_of, by_rows
 from .sharding import is_dtensor
 
 HALF = (torch.float16, torch.bfloat16)
@@ -81,6 +81,9 @@ class AdapterLayer(BaseTunerLayer):
     """Whether adapters act on every module that shares the layer's weight."""
     follows: AdapterLayer | None = None
     """The adapted layer whose adapters act here, where this one only shares its weight."""
+
+    is_repeated: bool = False
+    """Whether the model gives this layer one row for all of the batch and repeats what comes out of it."""
 
     base_layer: nn.Module
     kind: LayerKind
@@ -280,6 +283,8 @@ class AdapterLayer(BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         self.kind.check_rows(self.get_base_layer(), x)
         if x.shape[0] == 1 and len(plan.names) > 1:  # one row for the whole batch, such as positions
+            if self.is_repeated:
+                return self._forward_repeated(plan, x, *args, **kwargs)
             x = x.expand(len(plan.names), *x.shape[1:])
         plan.rows(x, self._where())  # raises where rows do not fit
         if plan.only is not None and not args and not kwargs and (y := self._in_one_go(plan.only, x)) is not None:
@@ -294,6 +299,20 @@ class AdapterLayer(BaseTunerLayer):
         changes_input = type(self).before is not AdapterLayer.before
         base_input = by_rows(plan, x, self._where(), scaled) if changes_input else x
         return self._adapted_by_rows(x, self.base_layer(base_input, *args, **kwargs))
+
+    def _forward_repeated(self, plan: MixedPlan, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output for one row that the model repeats for all of the batch: adapters of the rows have to be the same here."""
+        if len({tuple(self._here(names)) for names in plan.kinds}) > 1:
+            raise ValueError(
+                f"`adapter_names`: the rows have different adapters, but the model gives {self._where()} the relative positions once "
+                "for all rows. Give all rows the same adapter, or adapt neither queries nor keys nor positions of this model's "
+                "attention (target_modules)."
+            )
+        self._shared.plan = MixedPlan(plan.kinds[:1])
+        try:
+            return self._forward_mixed(x, *args, **kwargs)
+        finally:
+            self._shared.plan = plan
 
     def _adapted_by_rows(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         plan = self._shared.plan

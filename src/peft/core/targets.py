@@ -217,6 +217,11 @@ def check_supported(name: str, module: nn.Module, parent: nn.Module, any_module:
         )
 
 
+def repeats_rows(parent: nn.Module) -> bool:
+    """Whether a block gives its layers one row for all of the batch, and repeats what comes out: DeBERTa-v2's relative positions."""
+    return type(parent).__name__ == "DisentangledSelfAttention" and hasattr(parent, "query_proj")
+
+
 def _layer_filter(config: Any) -> Any:
     """A function that says whether a module lies in one of the layers of ``layers_to_transform``."""
     layers = getattr(config, "layers_to_transform", None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,7 @@ def _run(recipe: Recipe, method: str, seed: int, rate: float | None, folder: Pat
             changes.append(f"training.learning_rate={rate}")
         write_atomically(folder, {"compared.yaml": recipe.to_yaml().encode()})
         code = _start(["train", str(folder / "compared.yaml"), *changes, "--resume", "--no-report"], folder / "log.txt")
-        if code in (130, -2):
+        if code in (130, -signal.SIGINT, -signal.SIGTERM):
             raise KeyboardInterrupt("Stopped. The same command goes on from here.")
         if code != 0 or not (folder / METRICS_FILE).exists():
             lines = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
@@ -147,17 +149,35 @@ def _start(arguments: list[str], log: Path) -> int:
     command = [sys.executable, "-m", "peft", *arguments]
     with open(log, "w", encoding="utf-8") as file:
         streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        # A group of its own: the terminal would send Ctrl-C to both, and twice means "at once".
-        process = subprocess.Popen(command, env=environment, process_group=0, **streams)
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.kill()
-            raise
+        with _sigterm_is_ctrl_c():
+            # A group of its own: the terminal would send Ctrl-C to both, and twice means "at once".
+            process = subprocess.Popen(command, env=environment, process_group=0, **streams)
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.terminate()  # unlike Ctrl-C nothing lets children ignore it
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.kill()
+                raise
+
+
+@contextlib.contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """Within this context SIGTERM, which clusters send, does what Ctrl-C does; in a thread that may not set it, what it did."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _search(recipe: Recipe, method: str, folder: Path, tell: Tell) -> list[dict[str, Any]]:

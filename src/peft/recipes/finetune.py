@@ -65,6 +65,8 @@ class Result:
     def read(cls, folder: Path) -> Result:
         """The result of a finished run."""
         report = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+        if "tasks" in report:
+            return cls(metrics_of_tasks(report["tasks"]), report, folder)
         return cls(report["test"] or report["validation"] or {}, report, folder, report["history"])
 
     def load(self) -> tuple[Any, Task]:
@@ -76,6 +78,12 @@ class Result:
         from .report import write_report
 
         return write_report(self.folder)
+
+
+def metrics_of_tasks(reports: dict[str, Any]) -> dict[str, float]:
+    """What each of several tasks is judged by, on its test rows, else on its validation rows."""
+    found = {name: (report["test"] or report["validation"] or {}, report["metric"]) for name, report in reports.items()}
+    return {f"{name}.{metric}": values[metric] for name, (values, metric) in found.items() if metric in values}
 
 
 def finetune(
@@ -105,6 +113,11 @@ def finetune(
     recipe = as_recipe(recipe, overrides)
     main = int(os.environ.get("RANK", "0")) == 0
     say = tell if tell is not None and main else (lambda line: None)
+    if recipe.tasks and recipe.shared:
+        from .together import finetune_together
+
+        with recipe.pointing(), _folder(recipe.folder, main):
+            return finetune_together(recipe, resume=resume, overwrite=overwrite, tell=say, advance=advance, main=main)
     if recipe.tasks:
         from .multitask import finetune_tasks
 
@@ -143,7 +156,7 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         notes.append(line)
         say(line)
 
-    checkpoint = _look_at(folder, recipe, resume, overwrite, main)
+    checkpoint = begin(folder, recipe, resume, overwrite, main)
     if isinstance(checkpoint, Result):
         say(f"{folder} holds the finished run already.")
         return checkpoint
@@ -156,8 +169,7 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
     for line in task.notes:
         note(line)
     trained, total = count_parameters(model)
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    say(f"Method {recipe.method.name} on {place}: {trained:,} of {total:,} parameters train ({trained / total:.2%}).")
+    announce(say, recipe.method.name, trained, total)
 
     checkpoints = folder / "checkpoints"
     if main:
@@ -171,18 +183,9 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):  # what they print is said by `progress`
         trainer.remove_callback(callback)
-    progress.catch_up = trainer.catch_up
     start = time.perf_counter()
-    if checkpoint is not None:
-        say(f"Going on from {checkpoint}.")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    train(trainer, progress, checkpoint, say)
     seconds = time.perf_counter() - start
-    if progress.stopped:
-        raise Interrupted(
-            f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}. `--resume` goes on from there."
-        )
-    if recipe.training.keep_best:
-        trainer.load_best()
 
     found = {
         s: evaluate(trainer.model, task, getattr(splits, s), encoded[s], recipe.training.eval_batch_size)
@@ -190,19 +193,52 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         else None
         for s in ("validation", "test")
     }
-    report = _report(recipe, task, trainer, progress, found, seconds, (trained, total))
+    report = report_of(recipe, task, trainer, progress, found, seconds, (trained, total))
     report |= {"notes": notes, "rows": {s: len(getattr(splits, s)) for s in ("train", "validation", "test")}}
     report["examples"] = list(predict(trainer.model, task, task.rows_from_text(recipe.examples)))
-    _write(recipe, task, trainer, tokenizer, report, main)
+    write_result(recipe, task, tokenizer, report, main, lambda where: _save(trainer, where, main))
     return Result(report["test"] or report["validation"] or {}, report, folder, report["history"])
 
 
-def _write(
-    recipe: Recipe, task: Task, trainer: RecipeTrainer, tokenizer: Any, report: dict[str, Any], main: bool
+def announce(say: Tell, method: str, trained: int, total: int) -> None:
+    """Say what trains, and where."""
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    say(f"Method {method} on {place}: {trained:,} of {total:,} parameters train ({trained / total:.2%}).")
+
+
+def train(trainer: RecipeTrainer, progress: Progress, checkpoint: Path | None, say: Tell) -> None:
+    """Train, from a checkpoint if there is one, and take the best weights.
+
+    Raises:
+        Interrupted: It was stopped.
+    """
+    progress.catch_up = trainer.catch_up
+    if checkpoint is not None:
+        say(f"Going on from {checkpoint}.")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    if progress.stopped:
+        raise Interrupted(
+            f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}. `--resume` goes on from there."
+        )
+    if trainer.recipe.training.keep_best:
+        trainer.load_best()
+
+
+def write_result(
+    recipe: Recipe, task: Task, tokenizer: Any, report: dict[str, Any], main: bool, save: Callable[[Path], object]
 ) -> None:
-    """Write the result; its metrics come last, and say that it is whole."""
+    """Write the result; its metrics come last, and say that it is whole.
+
+    Args:
+        recipe: The recipe.
+        task: Its task.
+        tokenizer: The tokenizer.
+        report: The metrics.
+        main: Whether this process writes; the model is saved by all.
+        save: Saves the model into a folder.
+    """
     folder = recipe.folder
-    _save(trainer, folder, main)
+    save(folder)
     if main:
         tokenizer.save_pretrained(folder)
         report["bytes"] = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
@@ -215,6 +251,20 @@ def _write(
 
 def prepare(recipe: Recipe, say: Tell) -> tuple[Task, Any, Any, Any]:
     """Task, splits, tokenizer and model with the method in it, ready to train."""
+    task, splits, tokenizer, model = load(recipe, say)
+    with blame("method"):
+        model = models.apply_method(model, recipe.method, task)
+    if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
+        raise RecipeError(
+            f"The method {recipe.method.name!r} would train weights in float16, where updates get lost and overflow. Set model.dtype to "
+            "bfloat16, or to float32 with training.mixed_precision.",
+            "model.dtype",
+        )
+    return task, splits, tokenizer, model
+
+
+def load(recipe: Recipe, say: Tell) -> tuple[Task, Any, Any, Any]:
+    """Task, splits, tokenizer and base model with the task's head."""
     assert recipe.task is not None and recipe.data is not None
     check_training(recipe)
     task = TASKS[recipe.task](recipe.data, recipe.generation)
@@ -248,24 +298,16 @@ def prepare(recipe: Recipe, say: Tell) -> tuple[Task, Any, Any, Any]:
     for note in notes:
         say(note)
     task.prepare(tokenizer, models.longest_input(model.config, tokenizer), models.virtual_tokens(recipe.method))
-    with blame("method"):
-        model = models.apply_method(model, recipe.method, task)
-    if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
-        raise RecipeError(
-            f"The method {recipe.method.name!r} would train weights in float16, where updates get lost and overflow. Set model.dtype to "
-            "bfloat16, or to float32 with training.mixed_precision.",
-            "model.dtype",
-        )
     return task, splits, tokenizer, model
 
 
-def _look_at(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, main: bool) -> Path | Result | None:
+def begin(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, main: bool) -> Path | Result | None:
     """What of an earlier run is there: a result, a checkpoint, or nothing."""
     checkpoints = folder / "checkpoints"
     if overwrite:
         if main:
             shutil.rmtree(checkpoints, ignore_errors=True)
-            _remove_result(folder)
+            remove_result(folder)
         return None
     finished, begun = (folder / METRICS_FILE).exists(), any(checkpoints.glob("checkpoint-*"))
     if not finished and not begun:
@@ -285,7 +327,7 @@ def _look_at(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, main: 
     return Result.read(folder) if finished else last_checkpoint(checkpoints)
 
 
-def _remove_result(folder: Path) -> None:
+def remove_result(folder: Path) -> None:
     """Remove an earlier result: a full model beside an adapter would leave open which of them counts."""
     if (folder / METRICS_FILE).exists() or (folder / TASK_FILE).exists():
         for pattern in (
@@ -316,7 +358,7 @@ def _save(trainer: RecipeTrainer, folder: Path, main: bool) -> None:
             trainer.model.save_pretrained(folder)  # type: ignore[union-attr, operator]
 
 
-def _report(
+def report_of(
     recipe: Recipe,
     task: Task,
     trainer: RecipeTrainer,

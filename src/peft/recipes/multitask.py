@@ -35,7 +35,7 @@ def finetune_tasks(recipe: Recipe, *, resume: bool, overwrite: bool, tell: Any, 
         tell: The same.
         advance: The same.
     """
-    from .finetune import Result, finetune
+    from .finetune import finetune
 
     folder = recipe.folder
     reports = {}
@@ -43,13 +43,24 @@ def finetune_tasks(recipe: Recipe, *, resume: bool, overwrite: bool, tell: Any, 
         tell(f"— {name}: {entry.task} —")
         one = recipe.entry(name)
         reports[name] = finetune(one, resume=resume, overwrite=overwrite, tell=tell, advance=advance).report
-    report = {"tasks": reports, "costs": list(_costs(folder, reports)), "history": [], "test": None, "validation": None}
-    write_atomically(folder, {METRICS_FILE: json.dumps(report, indent=1, default=float).encode()})
-    metrics = {
-        f"{name}.{part['metric']}": (part["test"] or part["validation"])[part["metric"]]
-        for name, part in reports.items()
-    }
-    return Result(metrics, report, folder)
+    return tasks_result(folder, reports)
+
+
+def tasks_result(folder: Path, reports: dict[str, Any], main: bool = True) -> Any:
+    """The result of several tasks, whose folders lie in one.
+
+    Args:
+        folder: That one.
+        reports: Of the tasks.
+        main: Whether this process writes.
+    """
+    from .finetune import Result, metrics_of_tasks
+
+    costs = list(_costs(folder, reports)) if main else []
+    report = {"tasks": reports, "costs": costs, "history": [], "test": None, "validation": None}
+    if main:
+        write_atomically(folder, {METRICS_FILE: json.dumps(report, indent=1, default=float).encode()})
+    return Result(metrics_of_tasks(reports), report, folder)
 
 
 def _costs(folder: Path, reports: dict[str, Any]) -> Iterator[str]:
@@ -69,7 +80,7 @@ def _costs(folder: Path, reports: dict[str, Any]) -> Iterator[str]:
     yield f"Switching from one to the next takes {took:.2f} ms; in a mixed batch there is nothing to switch."
 
 
-class _Given(nn.Module):
+class Given(nn.Module):
     """Stands in a task's model where the base model stood, and gives outputs that were computed before."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +146,7 @@ class SharedBase:
         else:
             self.model.add_adapter(name, config)
         set_peft_model_state_dict(self.model, inner, adapter_name=name)
-        setattr(head, prefix, _Given())
+        setattr(head, prefix, Given())
         head.load_state_dict(outer, strict=False, assign=True)
         if left := [n for n, p in head.named_parameters() if p.device.type == "meta"]:
             raise RecipeError(f"The head of {name} is not whole in its folder: {', '.join(left)} is missing.")

@@ -199,6 +199,7 @@ class Recipe(Section):
         training: How it learns.
         generation: How it generates text.
         tasks: Several tasks on one base, by adapter name.
+        shared: One adapter that all ``tasks`` train together, with a head for each.
         examples: Inputs to answer when training has ended.
         out: Folder of the result.
         seed: Of the splits, the order, the new weights.
@@ -211,6 +212,7 @@ class Recipe(Section):
     training: TrainingSection = Field(default_factory=lambda: TrainingSection())
     generation: GenerationSection = Field(default_factory=lambda: GenerationSection())
     tasks: dict[str, TaskEntry] = Field(default_factory=dict)
+    shared: bool = Field(False, description="all `tasks` train one adapter together, with a head for each")
     examples: list[str] = Field(
         default_factory=list, description="texts to answer when training has ended (JSON objects for several columns)"
     )
@@ -234,6 +236,13 @@ class Recipe(Section):
         if self.tasks:
             if self.task or self.data:
                 raise ValueError("give either `task` and `data`, or `tasks` with one entry for each task")
+            own = [
+                f"tasks.{n}.{key}" for n, t in self.tasks.items() for key in ("method", "training") if getattr(t, key)
+            ]
+            if self.shared and own:
+                raise ValueError(f"`shared` tasks train together, with one method: {own[0]} belongs beside `tasks`")
+        elif self.shared:
+            raise ValueError("`shared` is for several `tasks`")
         elif self.task is None:
             raise ValueError(f"task is missing. Give one of {', '.join(TASKS)}")
         elif self.data is None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,21 @@ class Order(Sampler):
         batch_size: Of one step's batches together.
         seed: Of the order.
         grouped: Put inputs of like length into the same batch.
+        kinds: Of each row, if there are several: a batch is of one kind. The last one of each is filled up with rows that come again.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, grouped: bool) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        grouped: bool,
+        kinds: Sequence[Hashable] | None = None,
+    ) -> None:
         self.lengths, self.batch_size, self.seed, self.grouped = lengths, batch_size, seed, grouped
+        self.rows: dict[Hashable, list[int]] = {}
+        for row, kind in enumerate(kinds if kinds is not None else [None] * len(lengths)):
+            self.rows.setdefault(kind, []).append(row)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -61,18 +72,27 @@ class Order(Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        if len(self.rows) == 1:
+            return len(self.lengths)
+        return sum(-(-len(rows) // self.batch_size) for rows in self.rows.values()) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if not self.grouped:
-            return iter(order)
-        size = self.batch_size * MEGABATCH
+        several = len(self.rows) > 1
         batches = []
-        for start in range(0, len(order), size):
-            part = sorted(order[start : start + size], key=lambda i: -self.lengths[i])
-            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        for rows in self.rows.values():
+            order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+            if not self.grouped and not several:
+                return iter(order)
+            if several:
+                missing = -len(order) % self.batch_size
+                order += [order[i % len(order)] for i in range(missing)]
+            size = self.batch_size * MEGABATCH if self.grouped else self.batch_size
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                if self.grouped:
+                    part.sort(key=lambda i: -self.lengths[i])
+                batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
         # A short last batch stays last: in the middle it would shift all that follow.
         whole = [b for b in batches if len(b) == self.batch_size]
         rest = [b for b in batches if len(b) < self.batch_size]
@@ -113,22 +133,29 @@ class RecipeTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         training = self.recipe.training
         lengths = [len(f["input_ids"]) for f in self.train_dataset]  # type: ignore[union-attr]
-        size = training.batch_size * self.args.world_size
-        return Order(lengths, size, self.recipe.seed, training.length_grouping)
+        return self.order(lengths, training.batch_size * self.args.world_size, training.length_grouping)
+
+    def order(self, lengths: Sequence[int], size: int, grouped: bool) -> Order:
+        """The order of the rows, see :class:`Order`."""
+        return Order(lengths, size, self.recipe.seed, grouped)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure on the validation rows, and remember the weights if they are the best so far."""
-        rows, features = self.validation
         start = time.perf_counter()
-        found = evaluate(self.model, self.task, rows, features, self.recipe.training.eval_batch_size)
+        found = self.measure()
         metrics = {f"eval_{k}": v for k, v in found.items() if isinstance(v, (int, float))}
         metrics["eval_seconds"] = round(time.perf_counter() - start, 3)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._remember(found[self.task.metric], found["loss"])
         return metrics
+
+    def measure(self) -> dict[str, Any]:
+        """Metrics on the validation rows."""
+        rows, features = self.validation
+        return evaluate(self.model, self.task, rows, features, self.recipe.training.eval_batch_size)
 
     def _remember(self, value: float, loss: float) -> None:
         """Keep the weights if the metric is the best so far; of equal ones the lower loss decides."""
@@ -354,8 +381,18 @@ def tensorboard_in(folder: Path) -> Iterator[None]:
             del os.environ[name]
 
 
-def training_arguments(recipe: Recipe, folder: Path, task_name: str, rows: int, evaluates: bool) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, folder: Path, task_name: str, rows: int, evaluates: bool, joint: bool = False
+) -> TrainingArguments:
     """What the recipe says, as transformers wants it.
+
+    Args:
+        recipe: The recipe.
+        folder: Of the checkpoints.
+        task_name: Whose learning rate is taken where the recipe has none.
+        rows: Number of training rows.
+        evaluates: Whether there are validation rows.
+        joint: Whether a step may leave out parameters, as those of other tasks' heads.
 
     Raises:
         RecipeError: transformers does not take an argument.
@@ -380,6 +417,8 @@ def training_arguments(recipe: Recipe, folder: Path, task_name: str, rows: int, 
     }  # fmt: skip
     if "project" in known:
         values["project"] = "peft"
+    if joint:
+        values["ddp_find_unused_parameters"] = True
     if not torch.accelerator.is_available():
         values["use_cpu"] = True  # else bf16 would be refused, and several processes would not know of each other
     if t.gradient_checkpointing:
