@@ -17,8 +17,10 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    GPT2Config,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
 )
 
 import tiny
@@ -307,6 +309,35 @@ def test_both_kinds_in_files_of_one_model(tmp_path):
 
 
 # -- how it is used ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [GPT2Config, OPTConfig])
+def test_generation_beyond_a_table_of_positions_says_so(config):
+    """Not an index that is out of range somewhere inside the model; tables that begin with an offset have as many positions as they say."""
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    if config is OPTConfig:
+        sizes = {
+            "hidden_size": 16,
+            "word_embed_proj_dim": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "ffn_dim": 32,
+        }
+        sizes["max_position_embeddings"] = 24
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(
+        config(**sizes, vocab_size=50, pad_token_id=0, bos_token_id=0, eos_token_id=None)
+    )
+    model = get_peft_model(base, PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=4)).eval()
+    inputs = {"input_ids": torch.randint(3, 50, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    assert model.generate(**inputs, max_new_tokens=15, do_sample=False).shape == (
+        2,
+        21,
+    )  # the last one is not read again
+    with pytest.raises(
+        ValueError, match="21 tokens and the adapter 4 virtual ones, but the model has only 24 positions"
+    ):
+        model.generate(**inputs, max_new_tokens=16, do_sample=False)
 
 
 @every_method

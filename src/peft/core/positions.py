@@ -109,13 +109,12 @@ class Shift:
 
     @staticmethod
     def _check(module: nn.Embedding, positions: torch.Tensor, shift: int) -> None:
-        tokens = positions.shape[-1]
+        tokens, room = positions.shape[-1], module.num_embeddings - getattr(module, "offset", 0)
         if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
             # Generation with a cache gives one token at a time. Elsewhere than on a CPU reading the number would wait for the device.
-            tokens = max(tokens, int(positions.max()) + 1 + getattr(module, "offset", 0))
-        if tokens + shift > module.num_embeddings:
+            tokens = max(tokens, int(positions.max()) + 1)
+        if tokens + shift > room:
             raise ValueError(
-                f"The input has {tokens} tokens and the adapter {shift} virtual ones, but the model has only "
-                f"{module.num_embeddings} positions. Truncate the input to {module.num_embeddings - shift} tokens, generate fewer, or "
-                "train with fewer virtual tokens."
+                f"The input has {tokens} tokens and the adapter {shift} virtual ones, but the model has only {room} positions. "
+                f"Truncate the input to {room - shift} tokens, generate fewer, or train with fewer virtual tokens."
             )
