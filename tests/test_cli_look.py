@@ -18,8 +18,8 @@ from transformers import AutoModelForSequenceClassification
 import recipe_data as data
 from peft.cli import app
 from peft.recipes.methods import methods
+from peft.recipes.order import Order
 from peft.recipes.runs import load_run
-from peft.recipes.training import Order
 from test_cli import run, runner
 
 

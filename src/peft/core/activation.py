@@ -43,9 +43,8 @@ def set_adapter(
     if layers:
         layers[0]._shared.flags.train_only(layers, () if inference_mode else names)
     for layer in layers:
-        layer.__dict__["_active_adapter"] = list(
-            names
-        )  # past torch's own bookkeeping, which takes longer than all the rest
+        # Past torch's own bookkeeping, which takes longer than all the rest.
+        layer.__dict__["_active_adapter"] = list(names)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,8 @@ class FlagIndex:
                     set_flag(parameter, wanted)
 
 
-def _frozen_first(names: Iterable[str], trained: set[str]) -> Iterator[str]:
-    return iter(sorted(names, key=trained.__contains__))
+def _frozen_first(names: Iterable[str], trained: set[str]) -> list[str]:
+    return sorted(names, key=trained.__contains__)
 
 
 def set_flag(parameter: torch.Tensor, requires_grad: bool) -> None:

@@ -235,7 +235,8 @@ def _build(
             if layer is None:
                 layer = outermost[name] = make(outermost.get(name, module), config)
                 layer.training = module.training
-                layer.is_repeated = repeats_rows(parent)
+                if repeats_rows(parent):
+                    layer.is_repeated = True
             if layer.why_no_merge is None and layer.merged:
                 raise PeftError("other adapters are merged into it; call unmerge_adapter() first")
             parts = layer.build(config, name, "meta" if on_meta else None)

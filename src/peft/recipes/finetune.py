@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PrinterCallback, ProgressCallback
 
 from ..core.files import write_atomically
 from ..core.status import count_parameters
 from . import models
 from .costs import peak_memory
-from .data import load_splits
+from .data import Splits, load_splits
 from .errors import RecipeError, blame, need
 from .predict import predict
 from .recipe import Recipe, as_recipe
 from .runs import METRICS_FILE, RECIPE_FILE, TASK_FILE, load_run, task_file
 from .tasks import TASKS, Task
+from .tasks.base import Feature
 
 for _package in ("datasets", "sklearn"):
     need(_package, "Training by recipe")
@@ -162,12 +162,7 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
         return checkpoint
     torch.manual_seed(recipe.seed)
     task, splits, tokenizer, model = prepare(recipe, note)
-    encoded = {
-        s: task.encode(getattr(splits, s), w)
-        for s, w in (("train", "training"), ("validation", "validation"), ("test", "test"))
-    }
-    for line in task.notes:
-        note(line)
+    encoded = encode(task, splits, note)
     trained, total = count_parameters(model)
     announce(say, recipe.method.name, trained, total)
 
@@ -181,23 +176,35 @@ def _finetune_one(recipe: Recipe, resume: bool, overwrite: bool, say: Tell, adva
             task=task, recipe=recipe, features=encoded["train"], validation=(splits.validation, encoded["validation"]),
             model=model, args=args, callbacks=[progress], processing_class=tokenizer,
         )  # fmt: skip
-    for callback in (PrinterCallback, ProgressCallback):  # what they print is said by `progress`
-        trainer.remove_callback(callback)
     start = time.perf_counter()
     train(trainer, progress, checkpoint, say)
     seconds = time.perf_counter() - start
 
-    found = {
-        s: evaluate(trainer.model, task, getattr(splits, s), encoded[s], recipe.training.eval_batch_size)
-        if encoded[s]
-        else None
-        for s in ("validation", "test")
-    }
+    found = held_back(trainer.model, task, splits, encoded, recipe.training.eval_batch_size)
     report = report_of(recipe, task, trainer, progress, found, seconds, (trained, total))
     report |= {"notes": notes, "rows": {s: len(getattr(splits, s)) for s in ("train", "validation", "test")}}
     report["examples"] = list(predict(trainer.model, task, task.rows_from_text(recipe.examples)))
     write_result(recipe, task, tokenizer, report, main, lambda where: _save(trainer, where, main))
     return Result(report["test"] or report["validation"] or {}, report, folder, report["history"])
+
+
+def encode(task: Task, splits: Splits, note: Tell) -> dict[str, list[Feature]]:
+    """The rows of all splits as features; what happened to them is said."""
+    words = {"train": "training", "validation": "validation", "test": "test"}
+    encoded = {split: task.encode(getattr(splits, split), word) for split, word in words.items()}
+    for line in task.notes:
+        note(line)
+    return encoded
+
+
+def held_back(
+    model: Any, task: Task, splits: Splits, encoded: dict[str, list[Feature]], batch_size: int
+) -> dict[str, dict[str, Any] | None]:
+    """Metrics on the validation and the test rows, where there are any."""
+    return {
+        s: evaluate(model, task, getattr(splits, s), encoded[s], batch_size) if encoded[s] else None
+        for s in ("validation", "test")
+    }
 
 
 def announce(say: Tell, method: str, trained: int, total: int) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback
 
 from ..core.checkpoints import get_peft_model_state_dict, set_peft_model_state_dict
 from ..core.extra_modules import is_fresh
@@ -25,17 +24,30 @@ from ..mapping import get_peft_model
 from . import models
 from .data import Splits
 from .errors import RecipeError, blame
-from .finetune import Result, Tell, announce, begin, load, remove_result, report_of, train, write_result
+from .finetune import (
+    Result,
+    Tell,
+    announce,
+    begin,
+    encode,
+    held_back,
+    load,
+    remove_result,
+    report_of,
+    train,
+    write_result,
+)
 from .inference import run
 from .methods import build_config
 from .multitask import KEYS, Given, tasks_result
+from .order import Order
 from .predict import predict
 from .rates import learning_rate
 from .recipe import Recipe
 from .runs import METRICS_FILE, RECIPE_FILE
 from .tasks import Task
 from .tasks.base import Feature
-from .training import Order, Progress, RecipeTrainer, evaluate, tensorboard_in, training_arguments
+from .training import Progress, RecipeTrainer, tensorboard_in, training_arguments
 
 SHARED = "shared"
 WHICH = "task_number"
@@ -224,8 +236,6 @@ def finetune_together(recipe: Recipe, *, resume: bool, overwrite: bool, tell: Te
     progress = Progress(tell, advance)
     with tensorboard_in(folder / "tensorboard"):
         trainer = JointTrainer(parts=parts, recipe=recipe, model=model, args=args, callbacks=[progress])
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
     start = time.perf_counter()
     train(trainer, progress, checkpoint, tell)
     seconds = time.perf_counter() - start
@@ -233,12 +243,7 @@ def finetune_together(recipe: Recipe, *, resume: bool, overwrite: bool, tell: Te
     reports = {}
     for name, part in parts.items():
         alone = _alone(part, recipe, model)
-        found = {
-            s: evaluate(alone, part.task, getattr(part.splits, s), part.features[s], recipe.training.eval_batch_size)
-            if part.features[s]
-            else None
-            for s in ("validation", "test")
-        }
+        found = held_back(alone, part.task, part.splits, part.features, recipe.training.eval_batch_size)
         report = report_of(part.recipe, part.task, trainer, progress, found, seconds, count_parameters(alone))
         report["history"] = _history_of(name, report["history"])
         report |= {"notes": notes, "rows": {s: len(getattr(part.splits, s)) for s in part.features}}
@@ -259,13 +264,7 @@ def _part(name: str, recipe: Recipe, note: Tell, tell: Tell) -> Part:
     task, splits, tokenizer, head = load(recipe, note)
     if task.generates:
         raise RecipeError(f"{name} generates text; `shared` is for tasks with labels.")
-    features = {
-        s: task.encode(getattr(splits, s), w)
-        for s, w in (("train", "training"), ("validation", "validation"), ("test", "test"))
-    }
-    for line in task.notes:
-        note(line)
-    return Part(recipe, task, splits, features, tokenizer, head)
+    return Part(recipe, task, splits, encode(task, splits, note), tokenizer, head)
 
 
 def _join(recipe: Recipe, parts: dict[str, Part]) -> JointModel:

@@ -11,14 +11,13 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..core.errors import did_you_mean
 from ..core.files import safetensors_writer, write_atomically
@@ -26,6 +25,7 @@ from ..optimizers import create_loraplus_optimizer
 from .errors import RecipeError
 from .inference import run
 from .methods import method_info
+from .order import Order
 from .rates import learning_rate
 from .recipe import Recipe
 from .sources import Row
@@ -34,70 +34,10 @@ from .tasks.base import Feature
 
 TRAINED = "trained.safetensors"
 BEST = "best"
-MEGABATCH = 50
-"""Batches within which rows are sorted by length."""
 
 
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C, after writing a checkpoint."""
-
-
-class Order(Sampler):
-    """Rows in a random order that depends on the seed and the epoch alone, so that a resumed run sees the same one.
-
-    Args:
-        lengths: Of the inputs.
-        batch_size: Of one step's batches together.
-        seed: Of the order.
-        grouped: Put inputs of like length into the same batch.
-        kinds: Of each row, if there are several: a batch is of one kind. The last one of each is filled up with rows that come again.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        seed: int,
-        grouped: bool,
-        kinds: Sequence[Hashable] | None = None,
-    ) -> None:
-        self.lengths, self.batch_size, self.seed, self.grouped = lengths, batch_size, seed, grouped
-        self.rows: dict[Hashable, list[int]] = {}
-        for row, kind in enumerate(kinds if kinds is not None else [None] * len(lengths)):
-            self.rows.setdefault(kind, []).append(row)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        if len(self.rows) == 1:
-            return len(self.lengths)
-        return sum(-(-len(rows) // self.batch_size) for rows in self.rows.values()) * self.batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        several = len(self.rows) > 1
-        batches = []
-        for rows in self.rows.values():
-            order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-            if not self.grouped and not several:
-                return iter(order)
-            if several:
-                missing = -len(order) % self.batch_size
-                order += [order[i % len(order)] for i in range(missing)]
-            size = self.batch_size * MEGABATCH if self.grouped else self.batch_size
-            for start in range(0, len(order), size):
-                part = order[start : start + size]
-                if self.grouped:
-                    part.sort(key=lambda i: -self.lengths[i])
-                batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
-        # A short last batch stays last: in the middle it would shift all that follow.
-        whole = [b for b in batches if len(b) == self.batch_size]
-        rest = [b for b in batches if len(b) < self.batch_size]
-        shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
-        return iter([i for batch in (*shuffled, *rest) for i in batch])
 
 
 class RecipeTrainer(Trainer):
@@ -125,6 +65,8 @@ class RecipeTrainer(Trainer):
         super().__init__(
             train_dataset=features, eval_dataset=validation[1] or None, data_collator=task.collate, **kwargs
         )  # type: ignore[arg-type]
+        for callback in (PrinterCallback, ProgressCallback):  # what they print is said by `Progress`
+            self.remove_callback(callback)
         if not task.loss_counts_tokens:
             # The Trainer takes any model with **kwargs for one that divides its loss by the tokens of all batches of a step. Those
             # that do not would have their gradients multiplied by the number of batches.
