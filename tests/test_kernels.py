@@ -144,9 +144,24 @@ def test_dropout_masks_have_the_rate_and_are_independent(rate):
     assert per_row.std().item() == pytest.approx(deviation / 999**0.5, rel=0.15)
 
 
+def test_memory_of_kernels_is_not_made_of_fake_tensors():
+    from torch._subclasses import FakeTensorMode
+
+    cpu, count = torch.device("cpu"), 5_000_000  # more than any test before
+    with FakeTensorMode(), torch.no_grad():
+        dropout.keep_mask((count,), cpu, 0.5, 9)
+    with torch.no_grad():
+        assert dropout.keep_mask((count,), cpu, 0.5, 9).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
 def test_dropout_masks_repeat_by_seed_and_follow_torchs():
     cpu = torch.device("cpu")
-    assert torch.equal(dropout.keep_mask((7, 3), cpu, 0.5, 9), dropout.keep_mask((7, 3), cpu, 0.5, 9))
+    mask = dropout.keep_mask((7, 3), cpu, 0.5, 9)
+    assert torch.equal(mask, dropout.keep_mask((7, 3), cpu, 0.5, 9))
+    with torch.no_grad():  # in the workspace, and as float
+        assert torch.equal(mask.float(), dropout.keep_mask((7, 3), cpu, 0.5, 9, torch.float32))
+        assert not torch.equal(mask, dropout.keep_mask((7, 3), cpu, 0.5, 8))
+        assert torch.equal(mask, dropout.keep_mask((7, 3), cpu, 0.5, 9))
     torch.manual_seed(4)
     first = dropout.draw_seed()
     torch.manual_seed(4)

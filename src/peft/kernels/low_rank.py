@@ -122,7 +122,7 @@ class _LowRank(torch.autograd.Function):
         ctx.shape, ctx.device, ctx.rate = x.shape, x.device, rate
         ctx.scale = scale / dropout.kept_share(rate)  # what dropout keeps is scaled up
         ctx.seed = dropout.draw_seed() if rate > 0 else 0
-        t = narrow(a, x if rate == 0 else x * _mask(ctx))
+        t = narrow(a, x if rate == 0 else _masked(x, _mask(ctx, x.dtype)))
         base = y if weight is None else F.linear(x, weight, bias)
         assert base is not None
         out = _accumulate(base, t.t(), b, ctx.scale, in_place=base is not y)
@@ -135,19 +135,13 @@ class _LowRank(torch.autograd.Function):
         (grad,) = grads
         kept, t, weight, a, b = ctx.saved_tensors
         x = recompute.from_kept(ctx, kept)
-        mask = _mask(ctx) if ctx.rate > 0 else None
+        mask = _mask(ctx, grad.dtype if x is None else x.dtype) if ctx.rate > 0 else None
         if mask is not None and x is not None:
-            x = x * mask
+            x = _masked(x, mask)
         flat = grad.reshape(-1, grad.shape[-1])
         low = flat if flat.dtype == b.dtype else flat.to(b.dtype)
         u = narrow((b * ctx.scale).t(), low)
         grad_x = grad_y = grad_bias = grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(flat, u.t(), weight, a, mask).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            grad_y = grad
-        if ctx.needs_input_grad[3]:
-            grad_bias = flat.sum(0)
         if ctx.needs_input_grad[4]:
             grad_a = u @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[5]:
@@ -156,6 +150,12 @@ class _LowRank(torch.autograd.Function):
                     raise RuntimeError("A second derivative of a low-rank product needs `a` to require a gradient too.")
                 t = narrow(a, x)
             grad_b = (t @ low).t() * ctx.scale
+        if ctx.needs_input_grad[0]:  # last: it may use the memory in which what is left of x lies
+            grad_x = _input_gradient(flat, u.t(), weight, a, mask).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            grad_y = grad
+        if ctx.needs_input_grad[3]:
+            grad_bias = flat.sum(0)
         return grad_x, grad_y, None, grad_bias, grad_a, grad_b, None, None, None
 
 
@@ -196,8 +196,13 @@ def low_rank_gradients(
     return grad_a, (narrow(a, x) @ grad).t() * scale
 
 
-def _mask(ctx: Any) -> torch.Tensor:
-    return dropout.keep_mask(ctx.shape, ctx.device, ctx.rate, ctx.seed)
+def _mask(ctx: Any, dtype: torch.dtype) -> torch.Tensor:
+    return dropout.keep_mask(ctx.shape, ctx.device, ctx.rate, ctx.seed, dtype)
+
+
+def _masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``x ⊙ mask``, which is dead once a product of few rows was made of it."""
+    return torch.mul(x, mask, out=workspace(0, x))
 
 
 def narrow(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -231,4 +236,4 @@ def _input_gradient(
         through = u @ a if mask is None else (u @ a) * mask
         return through if weight is None else grad @ weight + through
     base = grad @ weight
-    return base.addmm_(u, a) if mask is None else base.addcmul_(u @ a, mask)
+    return base.addmm_(u, a) if mask is None else base.addcmul_(torch.mm(u, a, out=workspace(0, base)), mask)

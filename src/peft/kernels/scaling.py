@@ -68,7 +68,11 @@ class _ScaledInput(torch.autograd.Function):
         memo: Memo | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(recompute.to_keep(ctx, x, memo, ctx.needs_input_grad[3]), weight, scale)
-        return F.linear((x * scale).to(x.dtype), weight, bias)
+        exact = weight.dtype == scale.dtype
+        if exact and x.numel() > weight.numel():  # scale what is smaller
+            return F.linear(x, torch.mul(weight, scale, out=workspace(0, weight)), bias)
+        scaled = torch.mul(x, scale, out=workspace(0, x)) if exact else (x * scale).to(x.dtype)
+        return F.linear(scaled, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
@@ -78,7 +82,8 @@ class _ScaledInput(torch.autograd.Function):
         grad_x = grad_scale = grad_bias = None
         back = grad @ weight
         if ctx.needs_input_grad[3]:
-            grad_scale = (x * back).flatten(0, -2).sum(0, dtype=scale.dtype)
+            product = torch.mul(x, back, out=workspace(0, back))
+            grad_scale = product.flatten(0, -2).sum(0, dtype=scale.dtype)
         if ctx.needs_input_grad[0]:
             in_place = back.dtype == scale.dtype and not torch.is_grad_enabled()
             grad_x = back.mul_(scale) if in_place else (back * scale).to(back.dtype)

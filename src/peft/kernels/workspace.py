@@ -26,14 +26,30 @@ def workspace(slot: int, like: torch.Tensor) -> torch.Tensor | None:
     """
     if torch.is_grad_enabled():
         return None
-    size = like.numel()
-    if like.device.type != "cpu" or not 0 < size * like.element_size() <= _LARGEST:
+    if like.device.type != "cpu":
         return torch.empty_like(like)
-    key = f"{slot} {like.dtype}"
+    part = flat_workspace(slot, like.numel(), like.dtype)
+    if part is None:
+        return torch.empty_like(like)
+    return part.view(like.mT.shape).mT if like.dim() == 2 and like.mT.is_contiguous() else part.view(like.shape)
+
+
+def flat_workspace(slot: int, size: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """The same as a vector on the CPU, or ``None`` where it would be too large too, or empty.
+
+    Args:
+        slot: Which buffer; there is one for each dtype.
+        size: Number of elements.
+        dtype: Their type.
+    """
+    if torch.is_grad_enabled() or not 0 < size * dtype.itemsize <= _LARGEST:
+        return None
+    if torch._C._len_torch_dispatch_stack():  # tensors made under a mode, such as fake ones, may be its own
+        return None
+    key = f"{slot} {dtype}"
     buffer = getattr(_buffers, key, None)
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):  # an inference tensor could not be written to later
-            buffer = torch.empty(size, dtype=like.dtype)
+            buffer = torch.empty(size, dtype=dtype)
         setattr(_buffers, key, buffer)
-    part = buffer[:size]
-    return part.view(like.mT.shape).mT if like.dim() == 2 and like.mT.is_contiguous() else part.view(like.shape)
+    return buffer[:size]
