@@ -8,7 +8,6 @@ of it. One thread, so that no operation waits for another.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections import Counter
@@ -16,7 +15,8 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.methods import FROZEN, METHODS, SHAPES, Shape
+from benchmarks.asked import asked
+from benchmarks.methods import FROZEN, Shape
 from benchmarks.worker import Subject
 
 WARM, TIMED, PROFILED = 3, 15, 5
@@ -86,18 +86,10 @@ def table(shape: Shape, names: list[str]) -> str:
 
 def main() -> None:
     """Profile what the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.where", description=__doc__)
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help="rows of the table of methods; all by default")
-    parser.add_argument("--only", default="", metavar="SHAPE", help="the beginning of a shape's name")
-    args = parser.parse_args()
-    known = [method.name for method in METHODS]
-    for name in args.methods:
-        if name not in known:
-            parser.error(f"{name!r} is not among the methods: {', '.join(known)}")
     torch.set_num_threads(1)
-    for shape in SHAPES:
-        if shape.name.lower().startswith(args.only.lower()):
-            print(table(shape, args.methods or known), end="\n\n")
+    shapes, names = asked("benchmarks.where", __doc__)
+    for shape in shapes:
+        print(table(shape, names), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import tiny
 from benchmarks.saved_bytes import saved_by_node
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import DoraCaching
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from settings import logits, randomise
 from test_layers import Net
@@ -161,6 +162,82 @@ def test_dora_and_plain_lora_share_a_layer():
     model.unmerge_adapter()  # the plain one can be subtracted
     model.set_adapter("default")
     torch.testing.assert_close(logits(model, base), alone["default"], atol=1e-5, rtol=1e-4)
+
+
+def count_norms(monkeypatch) -> list[int]:
+    """A list of one number: how many matrices' rows were measured since."""
+    found, plain = [0], torch.linalg.vector_norm
+
+    def counted(*args, **kwargs):
+        found[0] += 1
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", counted)
+    return found
+
+
+@KINDS
+@torch.no_grad()
+def test_inside_dora_caching_norms_are_measured_once_and_again_after_a_change(kind, monkeypatch):
+    layer, x = make(kind)
+    model = adapted(layer, use_dora=True, r=2).eval()
+    randomise(model)
+    measured = count_norms(monkeypatch)
+    with DoraCaching() as outer:
+        assert outer.enabled
+        torch.testing.assert_close(model(x), plainly(model, x))
+        before = measured[0]
+        model(x)
+        assert measured[0] == before
+        for change in (rescale, lambda m: m.base_model.model.layer.get_base_layer().weight.mul_(2)):
+            change(model)
+            torch.testing.assert_close(model(x), plainly(model, x))
+        with outer(False):
+            before = measured[0]
+            model(x), model(x)
+            assert measured[0] == before + 2
+        model.train()
+        before = measured[0]
+        model(x), model(x)
+        assert measured[0] == before + 2
+    before = measured[0]
+    model.eval()(x), model(x)
+    assert measured[0] == before + 2
+
+
+def plainly(model, x):
+    with DoraCaching(enabled=False):
+        return model(x)
+
+
+def rescale(model):
+    model.base_model.model.layer.scaling["default"] *= 3
+
+
+@torch.no_grad()
+def test_inside_dora_caching_mixed_batches_measure_norms_once(monkeypatch):
+    layer, _ = make("linear")
+    x = torch.randn(4, 7, 6)
+    model = adapted(layer, use_dora=True, r=2)
+    model.add_adapter("plain", LoraConfig(target_modules=["layer"], r=3))
+    model.add_adapter("other", LoraConfig(target_modules=["layer"], r=3, use_dora=True))
+    randomise(model)
+    model.eval()
+    names = ["default", "other", "plain", "default"]
+    wanted = model(x, adapter_names=names)
+    measured = count_norms(monkeypatch)
+    with DoraCaching():
+        for _ in range(3):
+            torch.testing.assert_close(model(x, adapter_names=names), wanted)
+        assert measured[0] == 1
+        model(x, adapter_names=["other", "default", "plain", "__base__"])  # other groups have other norms
+        model.base_model.model.layer.lora_A["other"].weight.mul_(2)
+        torch.testing.assert_close(model(x, adapter_names=names), plainly_mixed(model, x, names))
+
+
+def plainly_mixed(model, x, names):
+    with DoraCaching(enabled=False):
+        return model(x, adapter_names=names)
 
 
 def test_doras_dropout_leaves_the_frozen_part_alone():

@@ -20,6 +20,7 @@ from .core.undo import undone_on_failure
 from .kernels.recompute import recompute_inputs as recompute_inputs
 from .model import PeftModel
 from .registry import in_form
+from .tuners.lora.dora import DoraCaching as DoraCaching
 
 
 def update_forward_signature(model: nn.Module) -> None:

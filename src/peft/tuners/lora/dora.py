@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ...core.kinds import has_plain_weight
+from ...core.layer import AdapterLayer
 from ...kernels.magnitude import Magnitude
 from ...kernels.reweighted import may_reweight, reweighted_linear
 from .variants import Plain
@@ -17,6 +19,43 @@ if TYPE_CHECKING:
     from .layer import LoraLayer
 
 SLOT = "lora_magnitude_vector"
+
+_Known = WeakKeyDictionary[Any, dict[tuple[str, ...], tuple[Any, torch.Tensor]]]
+_known: _Known | None = None
+
+
+class DoraCaching:
+    """Within this context DoRA's norms ‖W + s B A‖ are worked out once for each layer and adapter, and kept until it ends.
+
+    They cost more than all the rest of a step of decoding, and stay the same while no weight changes. Changes are noticed and lead to new
+    norms, except for those made in place through ``tensor.data``, which torch does not count. Layers in training mode, compiled code and
+    DoRA on top of other adapters work them out each time, as everywhere outside.
+
+        model.eval()
+        with DoraCaching():
+            model.generate(**inputs)
+
+    Args:
+        enabled: ``False``: work them out each time, also inside another such context.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._before: list[_Known | None] = []
+
+    def __enter__(self) -> DoraCaching:
+        global _known
+        self._before.append(_known)
+        _known = WeakKeyDictionary() if self.enabled else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _known
+        _known = self._before.pop()
+
+    def __call__(self, enabled: bool = True) -> DoraCaching:
+        """Another context with another switch."""
+        return DoraCaching(enabled)
 
 
 class Dora(Plain):
@@ -61,7 +100,8 @@ class Dora(Plain):
     ) -> torch.Tensor:
         base, kind = layer.get_base_layer(), layer.kind
         with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-            norms = row_norms(layer.matrix(earlier), layer.change(name))
+            names = () if earlier else (name,)
+            norms = _remembered(layer, names, lambda: row_norms(layer.matrix(earlier), layer.change(name)))
         scale = self.scale(layer, name, norms)
         # The bias is no part of W: y holds it, so it is scaled along and what that changes is put back.
         bias = layer.offset(earlier)
@@ -73,6 +113,8 @@ class Dora(Plain):
     def whole(
         self, layer: LoraLayer, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
+        if _is_remembering(layer) and x.numel() <= weight.shape[1] ** 2 and not torch.is_grad_enabled():
+            return None  # few tokens: what is left costs less than building the weight
         a, b, scale = layer.scaled_factors(name)
         magnitude = layer.lora_magnitude_vector[name].weight.flatten()
         dropped, rate = layer.dropout_of(name, x)
@@ -93,7 +135,7 @@ class Dora(Plain):
             y: The output with all low-rank changes added, (rows, …, out_features).
         """
 
-        def scales() -> torch.Tensor:
+        def norms_of_groups() -> torch.Tensor:
             # ‖W + B A‖² = ‖W‖² + 2 W · B A + ‖B A‖², row by row, without a matrix of the weight's size for each adapter.
             weight, factors = layer.matrix(()), layer.stacked(groups)
             assert factors is not None
@@ -101,7 +143,10 @@ class Dora(Plain):
             weight = weight.to(inner.dtype)
             cross = ((inner.flatten(0, 1) @ weight.t()).view(*inner.shape[:2], -1) * outer.mT).sum(1)
             square = ((outer @ (inner @ inner.mT)) * outer).sum(2)
-            norms = (torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * cross + square).clamp_min(0).sqrt()
+            return (torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * cross + square).clamp_min(0).sqrt()
+
+        def scales() -> torch.Tensor:
+            norms = _remembered(layer, groups.names, norms_of_groups)
             mine = [number for number, name in enumerate(groups.names) if name in names]
             magnitudes = torch.stack([layer.lora_magnitude_vector[groups.names[n]].weight.flatten() for n in mine])
             return torch.ones_like(norms).index_copy_(
@@ -116,6 +161,31 @@ class Dora(Plain):
         """m / ‖V‖, shape (out_features,); where a row of V is zero, as that of a padding token, it stays zero."""
         magnitude = layer.lora_magnitude_vector[name].weight.flatten()
         return magnitude / _nonzero(norms).to(magnitude.dtype)
+
+
+def _is_remembering(layer: LoraLayer) -> bool:
+    return (
+        _known is not None
+        and not layer.training
+        and not torch.compiler.is_compiling()
+        and not isinstance(layer.base_layer, AdapterLayer)
+    )
+
+
+def _remembered(layer: LoraLayer, names: tuple[str, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The norms of a layer with these adapters (none named: with others that are not told), worked out anew where they may differ."""
+    if _known is None or not names or not _is_remembering(layer):
+        return make()
+    here = [name for name in names if layer.has_adapter(name)]
+    tensors = [layer.get_base_layer().weight, *(factor for name in here for factor in layer.own_factors(name))]
+    scales = [layer.scaling[name] for name in here]
+    tensors += [scale for scale in scales if isinstance(scale, torch.Tensor)]
+    state = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+    key = [*state, *(scale for scale in scales if not isinstance(scale, torch.Tensor))]
+    kept = _known.setdefault(layer, {})
+    if names not in kept or kept[names][0] != key:
+        kept[names] = key, make()
+    return kept[names][1]
 
 
 def _nonzero(norms: torch.Tensor) -> torch.Tensor:

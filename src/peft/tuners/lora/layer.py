@@ -210,13 +210,14 @@ class LoraLayer(ScaledLayer):
 
         Where it is measured against a start (PiSSA, OLoRA) they are those of ``B A − B₀ A₀``, of rank 2r.
         """
-        a, b = self._own_factors(name)
+        a, b = self.own_factors(name)
         if name not in self.lora_start:
             return a, b
         start: Any = self.lora_start[name]
         return as_plain(a, b, start.a, start.b)
 
-    def _own_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def own_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of an adapter as matrices, what they are measured against left in."""
         if self.kind.takes_indices:
             return self.lora_embedding_A[name], self.lora_embedding_B[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -236,7 +237,7 @@ class LoraLayer(ScaledLayer):
     def has_moved(self, name: str) -> bool:
         """Whether an adapter with a start is no longer at it."""
         start: Any = self.lora_start[name]
-        a, b = self._own_factors(name)
+        a, b = self.own_factors(name)
         rank = self.r[name]
         return not (torch.equal(a[:rank], start.a.to(a)) and torch.equal(b[:, :rank], start.b.to(b)))
 
