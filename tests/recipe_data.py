@@ -138,3 +138,17 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_shared_recipe(folder: Path, bert: Path) -> Path:
+    """A recipe of two tasks that train one adapter together, with its data."""
+    read = write_csv(folder / "reviews.csv", reviews(80))
+    named = write_json_lines(folder / "entities.jsonl", entities())
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"model: {bert}\nmethod: {{name: p-tuning-v2, num_virtual_tokens: 5, reparameterization: mlp}}\nshared: true\n"
+        "training: {epochs: 8, learning_rate: 0.02, save_every: 2}\ntasks:\n"
+        f"  mood: {{task: sequence-classification, data: {{train: {read}, max_length: 32}}}}\n"
+        f"  names: {{task: token-classification, data: {{train: {named}, max_length: 48}}}}\n"
+    )
+    return path

@@ -304,17 +304,7 @@ def test_several_tasks_share_one_base(bert, tmp_path):
 @pytest.fixture(scope="module")
 def shared_tasks(bert, tmp_path_factory):
     """A recipe of two tasks that train one adapter together."""
-    folder = tmp_path_factory.mktemp("shared")
-    reviews = data.write_csv(folder / "reviews.csv", data.reviews(80))
-    entities = data.write_json_lines(folder / "entities.jsonl", data.entities())
-    path = folder / "recipe.yaml"
-    path.write_text(
-        f"model: {bert}\nmethod: {{name: p-tuning-v2, num_virtual_tokens: 5, reparameterization: mlp}}\nshared: true\n"
-        "training: {epochs: 8, learning_rate: 0.02, save_every: 2}\ntasks:\n"
-        f"  mood: {{task: sequence-classification, data: {{train: {reviews}, max_length: 32}}}}\n"
-        f"  names: {{task: token-classification, data: {{train: {entities}, max_length: 48}}}}\n"
-    )
-    return path
+    return data.write_shared_recipe(tmp_path_factory.mktemp("shared"), bert)
 
 
 @pytest.mark.parametrize("method", ["p-tuning-v2", "lora", "prompt-tuning", "bottleneck"])

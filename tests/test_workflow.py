@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import peft
@@ -71,15 +72,35 @@ def test_the_workflow_runs_methods_and_seeds_to_a_report(recipe, tmp_path):
     assert (out / "report.html").exists()
 
 
+def train_with_two_processes(recipe: Path, out: Path, *changes: str, **environment: str) -> str:
+    """What `peft train` says, started twice."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "peft", "train", str(recipe), "--out", str(out), *changes]
+    environment = {**ENVIRONMENT, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_one_adapter(recipe, tmp_path, kind):
-    environment = {**ENVIRONMENT, **(FSDP if kind == "fsdp" else {})}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "peft", "train", str(recipe), "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = train_with_two_processes(recipe, tmp_path / "run", **(FSDP if kind == "fsdp" else {}))
     report = json.loads((tmp_path / "run" / "metrics.json").read_text())
     # 52 training rows, four for each of two processes.
-    assert report["steps"] == 7 and done.stdout.count("parameters train") == 1
+    assert report["steps"] == 7 and said.count("parameters train") == 1
     assert set(load_file(tmp_path / "run" / "adapter_model.safetensors"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_tasks_together(tmp_path):
+    recipe = data.write_shared_recipe(tmp_path, data.save_bert(tmp_path / "bert"))
+    out = tmp_path / "run"
+    said = train_with_two_processes(recipe, out, "method=lora", "epochs=4", "batch_size=4", "save_every=null")
+    reports = json.loads((out / "metrics.json").read_text())["tasks"]
+    assert said.count("parameters train") == 1 and reports.keys() == {"mood", "names"}
+    weights = {n: load_file(out / n / "adapter_model.safetensors") for n in reports}
+    common = weights["mood"].keys() & weights["names"].keys()
+    assert common and all(torch.equal(weights["mood"][k], weights["names"][k]) for k in common if "classifier" not in k)
+    # Both tasks have been learnt, each with its own head.
+    assert reports["mood"]["validation"]["accuracy"] >= 0.8
