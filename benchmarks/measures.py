@@ -12,6 +12,7 @@ from benchmarks.methods import (
     DROPOUT,
     FROZEN,
     FULL,
+    INFERENCE,
     LOADED,
     LONG,
     METHODS,
@@ -72,7 +73,9 @@ def in_order(pair: Sequence[Any], number: int) -> Sequence[Any]:
 
 def is_measured(subject: str, side: Side) -> bool:
     """Whether a side has what is to be measured: the peer lacks some methods."""
-    return side.name == "ours" or not any(method.name == subject and method.ours_only for method in METHODS)
+    return side.name == "ours" or not any(
+        method.name == subject and method.ours_only for method in (*METHODS, *INFERENCE)
+    )
 
 
 def training(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
@@ -269,9 +272,11 @@ def _nth_load(load: int, loads: int) -> str:
 
 def mixed(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Batches whose rows use many adapters, relative to the same batch with one; a side that cannot mix has no value."""
+    methods = [method for method in plan.methods if DROPOUT not in method.name]  # it acts in training only
+    methods += [row for row in INFERENCE if any(row.name.startswith(method.name + ",") for method in methods)]
     with workers(*sides) as pair:
         for shape in MIXED:
-            for method in (method for method in plan.methods if DROPOUT not in method.name):  # it acts in training only
+            for method in methods:
                 for count in MIXED_COUNTS if method.quick else (16,):
                     say(f"{shape.name}: {count} adapters of {method.name}")
                     row = Row("Mixed batches", f"{shape.name}: {method.name}, {count} adapters", "s", "one adapter")

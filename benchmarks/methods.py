@@ -130,6 +130,7 @@ class Method:
         quick: Whether the quick form measures it too.
         ours_only: Whether the peer does not have it: it is compared with the bound alone then.
         variants: Whether it is measured in half precision and with gradient checkpointing too.
+        inside: The name of a context in `peft.helpers` within which inference is measured.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Method:
     quick: bool = False
     ours_only: bool = False
     variants: bool = False
+    inside: str = ""
 
 
 def _lora(all_linear: bool = False, **fields: Any) -> Callable[[Any, Shape], Any]:
@@ -193,6 +195,10 @@ METHODS = (
     Method("prompt 20", _prompts("PromptTuningConfig")),
     Method("P-tuning 20", _prompts("PromptEncoderConfig", encoder_hidden_size=128)),
 )
+INFERENCE = (
+    Method("DoRA r8 all-linear, cached", _lora(all_linear=True, use_dora=True), ours_only=True, inside="DoraCaching"),
+)
+"""Rows of the mixed batches alone, measured when the method that their names begin with is."""
 RANKED = tuple(Method(f"LoRA r{rank} all-linear", _lora(all_linear=True, r=rank)) for rank in RANKS)
 
 
