@@ -231,8 +231,9 @@ def test_inside_dora_caching_mixed_batches_measure_norms_once(monkeypatch):
             torch.testing.assert_close(model(x, adapter_names=names), wanted)
         assert measured[0] == 1
         model(x, adapter_names=["other", "default", "plain", "__base__"])  # other groups have other norms
-        model.base_model.model.layer.lora_A["other"].weight.mul_(2)
-        torch.testing.assert_close(model(x, adapter_names=names), plainly_mixed(model, x, names))
+        for slot in ("lora_A", "lora_magnitude_vector"):
+            getattr(model.base_model.model.layer, slot)["other"].weight.mul_(2)
+            torch.testing.assert_close(model(x, adapter_names=names), plainly_mixed(model, x, names))
 
 
 def plainly_mixed(model, x, names):

@@ -135,7 +135,7 @@ class Dora(Plain):
             y: The output with all low-rank changes added, (rows, …, out_features).
         """
 
-        def norms_of_groups() -> torch.Tensor:
+        def scales() -> torch.Tensor:
             # ‖W + B A‖² = ‖W‖² + 2 W · B A + ‖B A‖², row by row, without a matrix of the weight's size for each adapter.
             weight, factors = layer.matrix(()), layer.stacked(groups)
             assert factors is not None
@@ -143,17 +143,15 @@ class Dora(Plain):
             weight = weight.to(inner.dtype)
             cross = ((inner.flatten(0, 1) @ weight.t()).view(*inner.shape[:2], -1) * outer.mT).sum(1)
             square = ((outer @ (inner @ inner.mT)) * outer).sum(2)
-            return (torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * cross + square).clamp_min(0).sqrt()
-
-        def scales() -> torch.Tensor:
-            norms = _remembered(layer, groups.names, norms_of_groups)
+            norms = (torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * cross + square).clamp_min(0).sqrt()
             mine = [number for number, name in enumerate(groups.names) if name in names]
             magnitudes = torch.stack([layer.lora_magnitude_vector[groups.names[n]].weight.flatten() for n in mine])
             return torch.ones_like(norms).index_copy_(
                 0, norms.new_tensor(mine, dtype=torch.long), magnitudes / norms[mine]
             )
 
-        scale = groups.of_rows(groups.once((layer, "scale"), scales), y.dim())
+        kept = groups.once((layer, "scale"), lambda: _remembered(layer, groups.names, scales))
+        scale = groups.of_rows(kept, y.dim())
         bias = layer.offset(())
         return y * scale if bias is None else torch.addcmul(bias * (1 - scale), y, scale)
 
@@ -173,11 +171,12 @@ def _is_remembering(layer: LoraLayer) -> bool:
 
 
 def _remembered(layer: LoraLayer, names: tuple[str, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The norms of a layer with these adapters (none named: with others that are not told), worked out anew where they may differ."""
+    """What is made of a layer's weight and these adapters' parameters, made anew where it may differ; without a name always."""
     if _known is None or not names or not _is_remembering(layer):
         return make()
     here = [name for name in names if layer.has_adapter(name)]
     tensors = [layer.get_base_layer().weight, *(factor for name in here for factor in layer.own_factors(name))]
+    tensors += [layer.lora_magnitude_vector[name].weight for name in here if layer.use_dora[name]]
     scales = [layer.scaling[name] for name in here]
     tensors += [scale for scale in scales if isinstance(scale, torch.Tensor)]
     state = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
