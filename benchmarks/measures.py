@@ -31,6 +31,7 @@ from benchmarks.sides import Side, WorkerProcess, workers
 
 Say = Callable[[str], None]
 MERGED = "forward, merged"
+VARIANTS: tuple[dict[str, Any], ...] = ({"dtype": "bfloat16"}, {"checkpointing": True})
 BASE_IMPORT = "import torch, transformers"
 IMPORTS = ("import peft", "from peft import LoraConfig, PeftModel, get_peft_model")
 
@@ -181,7 +182,7 @@ def variants(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     few = replace(plan, repeats=max(1, plan.repeats // 3))
     methods = [method for method in plan.methods if method.variants]
     with workers(*sides) as pair:
-        for options in ({"dtype": "bfloat16"}, {"checkpointing": True}):
+        for options in VARIANTS:
             for shape in plan.shapes:
                 yield from _training_of(shape, [], methods, pair, replace(few, options=options), say)
 
@@ -191,26 +192,28 @@ def _seconds(worker: WorkerProcess, subject: str) -> dict[str, float]:
 
 
 def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
-    """Peak memory of fresh processes that make two training steps with their optimizer."""
+    """Peak memory of fresh processes that make two training steps with their optimizer; of some methods in each variant too."""
+    few = [method for method in plan.methods if method.variants]
+    runs = [(plan.options, plan.methods), *((options, few) for options in VARIANTS if few and not plan.options)]
 
-    def measure(shape: Shape, subject: str, measured: Sequence[Side]) -> dict[str, dict[str, float]]:
-        say(f"{shape.name}: peak memory of {subject}")
+    def measure(shape: Shape, subject: str, options: dict[str, Any], measured: Sequence[Side]) -> dict[str, Any]:
+        say(f"{shape.name}{_options_in_words(options)}: peak memory of {subject}")
         with workers(*measured) as pair:
             return {
-                worker.side.name: worker.ask("peak", shape=shape.name, method=subject, **plan.options)
-                for worker in pair
+                worker.side.name: worker.ask("peak", shape=shape.name, method=subject, **options) for worker in pair
             }
 
-    for shape in plan.shapes:
-        bounds = measure(shape, FROZEN, sides)
-        for method in plan.methods:
-            having = [side for side in sides if is_measured(method.name, side)]
-            values = measure(shape, method.name, having)
-            for key, name in (("process", "peak memory"), ("added", "peak memory above the imports")):
-                row = Row(shape.name, f"{method.name}: {name}", "bytes", FROZEN)
-                for side in having:
-                    row.add(side.name, values[side.name][key], bounds[side.name][key])
-                yield row
+    for options, methods in runs:
+        for shape in plan.shapes:
+            bounds = measure(shape, FROZEN, options, sides)
+            for method in methods:
+                having = [side for side in sides if is_measured(method.name, side)]
+                values = measure(shape, method.name, options, having)
+                for key, name in (("process", "peak memory"), ("added", "peak memory above the imports")):
+                    row = Row(shape.name + _options_in_words(options), f"{method.name}: {name}", "bytes", FROZEN)
+                    for side in having:
+                        row.add(side.name, values[side.name][key], bounds[side.name][key])
+                    yield row
 
 
 def imports(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
