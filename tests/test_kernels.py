@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from benchmarks.saved_bytes import saved_bytes
 from peft.kernels import dropout, modes
 from peft.kernels.hadamard import factors_are_cheaper, hadamard, hadamard_reference, khatri_rao_factors
-from peft.kernels.kronecker import add_kronecker, add_kronecker_reference
+from peft.kernels.kronecker import add_kronecker, add_kronecker_reference, kronecker_linear
 from peft.kernels.linear import linear
 from peft.kernels.low_rank import add_low_rank, add_low_rank_reference, low_rank_linear
 from peft.kernels.recompute import Memo
@@ -86,6 +86,50 @@ def test_linear_with_low_rank_gradients(trained, rate):
     assert torch.autograd.gradcheck(function, leaves)
     if trained != "xb":  # refused, with a reason
         assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("lead", [(7,), (2, 3), (0, 3)])
+@pytest.mark.parametrize(("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_factors_wider_than_the_layer_are_added_in_their_dtype_and_rounded_once(narrow, wide, lead, rate):
+    x, weight, bias, a, b = linear_operands(lead, k=64, d=48, r=4, dtype=wide)
+    x, weight, bias = x.detach().to(narrow).requires_grad_(), weight.to(narrow), bias.detach().to(narrow)
+
+    def run():
+        torch.manual_seed(2)
+        return low_rank_linear(x, weight, bias, a, b, 0.7, rate)
+
+    found = run()
+    torch.manual_seed(2)
+    mask = dropout.keep_mask(x.shape, x.device, rate, dropout.draw_seed(), wide) if rate else torch.ones(x.shape)
+    kept = x.to(wide) * mask / dropout.kept_share(rate)
+    wanted = (F.linear(x, weight, bias).to(wide) + F.linear(F.linear(kept, a), b) * 0.7).to(narrow)
+    assert found.dtype == narrow
+    same_with_gradients(run, found, wanted, (x, a, b))
+    if rate == 0:
+        with torch.no_grad():
+            torch.testing.assert_close(run(), found)
+
+
+def same_with_gradients(run, found, wanted, leaves):
+    """Values and gradients agree up to some roundings, with and without a graph of the backward pass."""
+    close = torch.finfo(wanted.dtype).eps
+    torch.testing.assert_close(found, wanted, atol=2 * close, rtol=2 * close)
+    probe = torch.randn(found.shape).to(found.dtype)
+    theirs = torch.autograd.grad(wanted, leaves, probe)
+    for create_graph in (False, True):
+        for one, other in zip(
+            torch.autograd.grad(run(), leaves, probe, create_graph=create_graph), theirs, strict=True
+        ):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, atol=64 * close, rtol=4 * close)
+
+
+def test_what_a_narrow_layer_keeps_of_its_input_is_narrow():
+    x, weight, bias, a, b = linear_operands((50,), k=64, d=48, r=4, dtype=torch.float32)
+    x, weight = x.detach().bfloat16().requires_grad_(), weight.bfloat16()
+    out = low_rank_linear(x, weight, bias.detach().bfloat16(), a, b, 0.7)
+    assert saved_bytes(out, exclude=[weight, a, b]) == x.numel() * 2 + 50 * 4 * 4
 
 
 def test_a_second_derivative_that_is_not_there_is_refused():
@@ -279,6 +323,19 @@ def test_kronecker_of_non_contiguous_and_mixed_inputs():
     assert out.dtype == torch.bfloat16
     out.float().pow(2).sum().backward()
     assert all(f.grad.isfinite().all() for f in factors)
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["factored", "whole"])
+@pytest.mark.parametrize(("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_kronecker_factors_wider_than_the_layer_are_added_in_their_dtype(narrow, wide, inner):
+    y, x, *factors = kronecker_operands((5,), inner)
+    weight = torch.randn(y.shape[-1], x.shape[-1]).to(narrow)
+    x = x.detach().to(narrow).requires_grad_()
+    factors = [None if f is None else f.detach().to(wide).requires_grad_() for f in factors]
+    run = lambda: kronecker_linear(x, weight, None, *factors, 0.7)  # noqa: E731
+    wanted = add_kronecker_reference(F.linear(x, weight).to(wide), x.to(wide), *factors, 0.7).to(narrow)
+    assert run().dtype == narrow
+    same_with_gradients(run, run(), wanted, [x, *(f for f in factors if f is not None)])
 
 
 @pytest.mark.parametrize("inner", [True, False], ids=["factored", "whole"])

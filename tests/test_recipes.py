@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import peft
 import recipe_data as data
-from peft.recipes import rates
+from peft.recipes import costs, rates
 from peft.recipes.data import draw, find_columns, load_splits
 from peft.recipes.errors import RecipeError
 from peft.recipes.methods import build_config, method_info, methods
@@ -489,3 +491,12 @@ def test_the_documented_learning_rates_are_those_in_force():
     assert rates.markdown() in text, "put what `python -m peft.recipes.rates` prints into docs/recipes.md"
     assert rates.COLUMNS == TASKS and rates.RATES.keys() == rates.SOURCES.keys()
     assert set(rates.MEASURED) <= rates.RATES.keys()
+
+
+@pytest.mark.skipif(not costs.STATUS.exists(), reason="ru_maxrss is all that this system tells")
+def test_the_memory_of_a_process_is_not_that_of_the_one_that_started_it():
+    held = bytearray(1_500_000_000)
+    held[::4096] = bytes(len(held[::4096])).replace(b"\0", b"x")  # all of it resident
+    line = "from peft.recipes.costs import peak_resident; print(peak_resident())"
+    found = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert 0 < int(found.stdout) < len(held) < costs.peak_resident()

@@ -359,6 +359,20 @@ class AdapterLayer(BaseTunerLayer):
             return x
         return x.to(dtype)
 
+    def fits(self, x: torch.Tensor, weight: torch.Tensor, *factors: torch.Tensor) -> bool:
+        """Whether dtypes are those that a kernel for layer and update together takes: all the same, or a half-precision layer under
+        float32 factors.
+
+        Args:
+            x: The layer's input.
+            weight: Its weight.
+            *factors: Parameters of an adapter.
+        """
+        wide = self.cast_input_dtype_enabled and weight.dtype in HALF
+        return x.dtype == weight.dtype and (
+            all(f.dtype == x.dtype for f in factors) or (wide and all(f.dtype == torch.float32 for f in factors))
+        )
+
     def _cast_input_dtype(self, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         return None if x is None else self.cast_input(x, dtype)
 

@@ -11,7 +11,7 @@ from . import recompute
 from .modes import autocast, by_hand, without_autocast
 from .recompute import Memo
 from .reweighted import Rule, Tensors, may_reweight, reweighted_linear
-from .workspace import workspace
+from .workspace import widened, workspace
 
 
 def add_kronecker_reference(
@@ -71,13 +71,14 @@ def kronecker_linear(
     """A linear layer together with its update: ``x Wᵀ + bias + scale · (w1 ⊗ w2) x``.
 
     As :func:`add_kronecker` after ``F.linear``, but both products accumulate in place, forward and backward. For many tokens, in
-    float32, the sum of the weights is built instead (:func:`~peft.kernels.reweighted.reweighted_linear`).
+    float32, the sum of the weights is built instead (:func:`~peft.kernels.reweighted.reweighted_linear`). Factors may be wider than
+    the layer: the update is then computed and added in their dtype, and the sum is rounded once.
 
     Args:
         x: (…, columns).
         weight: (rows, columns), frozen.
         bias: (rows,), frozen or not.
-        w1: (blocks out, blocks in).
+        w1: (blocks out, blocks in), in the weight's dtype or a wider one, as the others.
         inner: (k, n), or ``None``.
         outer: (m, k), or (m, n).
         scale: Factor of the Kronecker product.
@@ -90,8 +91,11 @@ def kronecker_linear(
     if 2 * tokens >= sum(weight.shape) and may_reweight(x, weight, (w1, inner, outer)):
         factors = (w1, outer) if inner is None else (w1, outer, inner)
         return reweighted_linear(Kronecker(scale), x, weight, bias, factors, memo)
-    if not by_hand(x, w1, inner, outer) or weight.requires_grad or weight.dtype != w1.dtype:
-        return add_kronecker(F.linear(x, weight, bias), x, w1, inner, outer, scale, memo)
+    if not by_hand(x, w1, inner, outer) or weight.requires_grad:
+        y = F.linear(x, weight, bias)
+        if weight.dtype == w1.dtype or torch.is_autocast_enabled(x.device.type):
+            return add_kronecker(y, x, w1, inner, outer, scale, memo)
+        return add_kronecker(y, x.to(w1.dtype), w1, inner, outer, scale, memo).to(y.dtype)
     x, weight, bias, w1, inner, outer = autocast(x, weight, bias, w1, inner, outer)
     with without_autocast(x.device.type):
         return _Kronecker.apply(x, None, weight, bias, w1, inner, outer, scale, memo)
@@ -131,7 +135,9 @@ class _Kronecker(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.scale, ctx.shape = scale, x.shape
         base = y if weight is None else F.linear(x, weight, bias)
-        out = _accumulate(base, _shape(x, w1, outer), _mixed(x, w1, inner), outer, scale, in_place=base is not y)
+        out = _accumulate(
+            base, _shape(x, w1, outer), _mixed(widened(x, w1.dtype), w1, inner), outer, scale, in_place=base is not y
+        )
         for_factors = any(ctx.needs_input_grad[4:7])
         ctx.save_for_backward(recompute.to_keep(ctx, x, memo, for_factors), weight, w1, inner, outer)
         return out
@@ -143,12 +149,12 @@ class _Kronecker(torch.autograd.Function):
         x = recompute.from_kept(ctx, kept)
         needs_x, needs_y, _, needs_bias, *needed = ctx.needs_input_grad[:7]
         flat = grad.reshape(-1, grad.shape[-1])
-        low = flat if flat.dtype == outer.dtype else flat.to(outer.dtype)
+        low = widened(flat, outer.dtype, 1)
         g = _written(low, outer, ctx.scale)
         grad_x = grad_bias = None
         factors: list[torch.Tensor | None] = [None] * 3
         if any(needed):
-            factors = _gradients(low, g, x, w1, inner, outer, ctx.scale)
+            factors = _gradients(low, g, widened(x, w1.dtype), w1, inner, outer, ctx.scale)
         if needs_x:
             grad_x = _input_gradient(flat, weight, _mix(g, w1.t()).t(), inner).reshape(ctx.shape)
         if needs_bias:
@@ -251,7 +257,7 @@ def _accumulate(
     """``y + scale · t outerᵀ``, of this shape."""
     if y is None or t.dtype != y.dtype:  # a half-precision base under float32 adapters: the sum is rounded once
         product = (t @ (outer.mT * scale)).view(*shape)
-        return product if y is None else y + product
+        return product if y is None else y.add_(product) if in_place else y + product
     flat = y.reshape(len(t), len(outer))
     if in_place:
         flat.addmm_(t, outer.mT, alpha=scale)
@@ -268,7 +274,8 @@ def _input_gradient(
     base = grad @ weight
     if torch.is_grad_enabled():  # create_graph=True: nothing in place
         return base + (back if inner is None else back @ inner).reshape(base.shape)
-    if inner is None:
+    if inner is None or base.dtype != back.dtype:
+        back = back if inner is None else back @ inner
         return base.add_(back.reshape(base.shape))
     base.view(len(back), -1).addmm_(back, inner)
     return base

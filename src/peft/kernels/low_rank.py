@@ -11,7 +11,7 @@ from . import dropout, recompute
 from .modes import autocast, by_hand, no_graph, without_autocast
 from .recompute import Memo
 from .reweighted import Rule, Tensors, may_reweight, reweighted_linear
-from .workspace import workspace
+from .workspace import widened, workspace
 
 
 def add_low_rank_reference(
@@ -77,12 +77,15 @@ def low_rank_linear(
     the size of ``x`` or ``y`` is made. For many tokens, without dropout and in float32, the sum of the weights is built instead
     (:func:`~peft.kernels.reweighted.reweighted_linear`), which leaves out two of the six skinny products.
 
+    Factors may be wider than the layer: float32 ones on a layer in half precision. The update is then computed and added in their dtype,
+    the sum is rounded once, and what is kept of ``x`` is narrow.
+
     Args:
         x: (…, in_features).
         weight: (out_features, in_features), frozen.
         bias: (out_features,), frozen or not.
-        a: (r, in_features).
-        b: (out_features, r).
+        a: (r, in_features), in the weight's dtype or a wider one.
+        b: (out_features, r), likewise.
         scale: Factor of the product.
         rate: Probability of dropping an element of ``x`` on the way to ``a``.
         memo: Allows to recompute ``x`` in the backward pass, where that is sound (:mod:`peft.kernels.recompute`).
@@ -94,12 +97,15 @@ def low_rank_linear(
     if rate == 0 and 2 * tokens >= sum(weight.shape) and may_reweight(x, weight, (a, b)):
         return reweighted_linear(LowRank(scale), x, weight, bias, (a, b), memo)
     plain = rate == 0 and no_graph(x, weight, bias, a, b)
-    if weight.dtype != a.dtype or (not plain and (weight.requires_grad or not by_hand(x, a, b))):
-        return add_low_rank(F.linear(x, weight, bias), x, a, b, scale, rate, memo)
+    if not plain and (weight.requires_grad or not by_hand(x, a, b)):
+        y = F.linear(x, weight, bias)
+        if weight.dtype == a.dtype or torch.is_autocast_enabled(x.device.type):
+            return add_low_rank(y, x, a, b, scale, rate, memo)
+        return add_low_rank(y, x.to(a.dtype), a, b, scale, rate, memo).to(y.dtype)
     x, weight, bias, a, b = autocast(x, weight, bias, a, b)
     with without_autocast(x.device.type):
         if plain:
-            return _accumulate(F.linear(x, weight, bias), narrow(a, x).t(), b, scale, in_place=True)
+            return _accumulate(F.linear(x, weight, bias), narrow(a, widened(x, a.dtype)).t(), b, scale, in_place=True)
         return _LowRank.apply(x, None, weight, bias, a, b, scale, rate, memo)
 
 
@@ -122,7 +128,8 @@ class _LowRank(torch.autograd.Function):
         ctx.shape, ctx.device, ctx.rate = x.shape, x.device, rate
         ctx.scale = scale / dropout.kept_share(rate)  # what dropout keeps is scaled up
         ctx.seed = dropout.draw_seed() if rate > 0 else 0
-        t = narrow(a, x if rate == 0 else _masked(x, _mask(ctx, x.dtype)))
+        wide = widened(x, a.dtype)
+        t = narrow(a, wide if rate == 0 else _masked(wide, _mask(ctx, a.dtype)))
         base = y if weight is None else F.linear(x, weight, bias)
         assert base is not None
         out = _accumulate(base, t.t(), b, ctx.scale, in_place=base is not y)
@@ -135,11 +142,13 @@ class _LowRank(torch.autograd.Function):
         (grad,) = grads
         kept, t, weight, a, b = ctx.saved_tensors
         x = recompute.from_kept(ctx, kept)
-        mask = _mask(ctx, grad.dtype if x is None else x.dtype) if ctx.rate > 0 else None
+        if x is not None:
+            x = widened(x, a.dtype)
+        mask = _mask(ctx, a.dtype) if ctx.rate > 0 else None
         if mask is not None and x is not None:
             x = _masked(x, mask)
         flat = grad.reshape(-1, grad.shape[-1])
-        low = flat if flat.dtype == b.dtype else flat.to(b.dtype)
+        low = widened(flat, b.dtype, 1)
         u = narrow((b * ctx.scale).t(), low)
         grad_x = grad_y = grad_bias = grad_a = grad_b = None
         if ctx.needs_input_grad[4]:
@@ -217,9 +226,12 @@ def narrow(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _accumulate(
     y: torch.Tensor, t: torch.Tensor, b: torch.Tensor, scale: float, in_place: bool = False
 ) -> torch.Tensor:
-    """``y + scale · t bᵀ``."""
+    """``y + scale · t bᵀ``. Where the update is wider than y, so is the sum; ``in_place`` it is rounded to y's dtype."""
     if t.dtype != y.dtype or t.dim() < 2:  # a half-precision base under float32 adapters: the sum is rounded once
-        return y + (F.linear(t, b) * scale).view(y.shape)
+        if not in_place or t.dim() < 2:
+            return y + (F.linear(t, b) * scale).view(y.shape)
+        wide = widened(y, t.dtype).view(-1, y.shape[-1])
+        return y.copy_(wide.addmm_(t, b.t(), alpha=scale).view(y.shape))
     flat, low = y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1])
     if in_place:
         flat.addmm_(low, b.t(), alpha=scale)
@@ -236,4 +248,7 @@ def _input_gradient(
         through = u @ a if mask is None else (u @ a) * mask
         return through if weight is None else grad @ weight + through
     base = grad @ weight
+    if base.dtype != a.dtype:
+        through = torch.mm(u, a, out=workspace(0, mask)) if mask is not None else u @ a
+        return base.add_(through if mask is None else through.mul_(mask))
     return base.addmm_(u, a) if mask is None else base.addcmul_(torch.mm(u, a, out=workspace(0, base)), mask)

@@ -53,3 +53,17 @@ def flat_workspace(slot: int, size: int, dtype: torch.dtype) -> torch.Tensor | N
             buffer = torch.empty(size, dtype=dtype)
         setattr(_buffers, key, buffer)
     return buffer[:size]
+
+
+def widened(x: torch.Tensor, dtype: torch.dtype, slot: int = 0) -> torch.Tensor:
+    """A tensor in a wider dtype, in the workspace where it is not in it already: for products that are made of it right away.
+
+    Args:
+        x: The tensor.
+        dtype: The wider dtype.
+        slot: Which buffer.
+    """
+    if x.dtype == dtype:
+        return x
+    part = flat_workspace(slot, x.numel(), dtype) if x.device.type == "cpu" else None
+    return x.to(dtype) if part is None else part.view(x.shape).copy_(x)

@@ -112,7 +112,7 @@ class LoHaLayer(DroppingLayer):
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         factors = self.factors(name)
-        if self.drops(name) or x.dtype != weight.dtype or x.dtype != factors[0].dtype:
+        if self.drops(name) or not self.fits(x, weight, *factors):
             return None
         tokens = x.numel() // max(x.shape[-1], 1)
         if Hadamard.pays(tokens, self.out_features, self.in_features, self.r[name]) and may_reweight(

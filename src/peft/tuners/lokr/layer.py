@@ -162,7 +162,7 @@ class LoKrLayer(DroppingLayer):
 
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         w1, inner, outer = self.factors(name)
-        if self.drops(name) or not x.dtype == weight.dtype == w1.dtype:
+        if self.drops(name) or not self.fits(x, weight, w1, outer):
             return None
         return kronecker_linear(x, weight, bias, w1, inner, outer, self.scaling[name], self.memo)
 

@@ -54,7 +54,7 @@ class Plain:
     ) -> torch.Tensor | None:
         """The output of a plain linear layer in one go; see :meth:`~peft.core.layer.AdapterLayer.whole`."""
         a, b, scale = layer.scaled_factors(name)
-        if not (x.dtype == weight.dtype == a.dtype == b.dtype):
+        if not layer.fits(x, weight, a, b):
             return None
         dropped, rate = layer.dropout_of(name, x)
         return low_rank_linear(x, weight, bias, a, b, scale, rate, layer.memo) if dropped is x else None
