@@ -213,7 +213,8 @@ class Worker:
         for row in (0, adapters - 1):
             model.set_adapter(self._names[row])
             # Prompts give the outputs of their virtual tokens too, in front; in a mixed batch ours do not.
-            if not torch.allclose(together[row, -layout.tokens :], self._batch()[row, -layout.tokens :], atol=1e-3):
+            # Another adapter's outputs differ by whole numbers; roundings grow to thousandths here.
+            if not torch.allclose(together[row, -layout.tokens :], self._batch()[row, -layout.tokens :], atol=2e-2):
                 return False
         return True
 
