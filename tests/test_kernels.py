@@ -212,6 +212,23 @@ def test_dropout_masks_repeat_by_seed_and_follow_torchs():
     assert dropout.draw_seed() == first and dropout.draw_seed() != first
 
 
+def test_compiled_dropout_has_the_rate_and_new_masks_each_time():
+    run = torch.compile(lambda x: dropout.drop(x, 0.3), fullgraph=True, backend="aot_eager")
+    x = torch.full((501, 333), 2.0, requires_grad=True)
+    one, other = run(x), run(x)
+    for out in (one, other):
+        assert ((out == 0) | ((out - 2 / dropout.kept_share(0.3)).abs() < 1e-5)).all()
+        assert (out == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    both = ((one == 0) & (other == 0)).float().mean().item()
+    assert both == pytest.approx(0.09, abs=0.01)
+    one.sum().backward()
+    assert torch.equal(x.grad == 0, one == 0)
+    torch.manual_seed(3)
+    first = run(x)
+    torch.manual_seed(3)
+    assert torch.equal(run(x), first)
+
+
 def test_dropout_keeps_the_mean_of_the_low_rank_path():
     torch.manual_seed(0)
     x, weight, _, a, b = linear_operands((4,), dtype=torch.float64)

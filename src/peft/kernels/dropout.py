@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from .workspace import flat_workspace
 
@@ -56,6 +57,26 @@ def keep_mask(
     lanes = lanes[:count].clamp_(lowest - 1, lowest).sub_(lowest - 1)
     mask = flat_workspace(_SLOT, count, dtype)
     return (lanes.to(dtype) if mask is None else mask.copy_(lanes)).view(tuple(shape))
+
+
+def drop(x: torch.Tensor, rate: float) -> torch.Tensor:
+    """Dropout of ``x`` by operations that autograd, or a compiler, looks into; kept elements are scaled up.
+
+    Compiled for a CPU, the random floats of ``F.dropout`` are drawn one after the other and take several times as long as all the
+    rest of a low-rank product. There the mask is made as :func:`keep_mask` makes it.
+
+    Args:
+        x: Any shape.
+        rate: Probability that an element is dropped, 0 to 1.
+    """
+    dropped, count = round(rate * _LEVELS), x.numel()
+    if not torch.compiler.is_compiling() or x.device.type != "cpu" or dropped in (0, _LEVELS):
+        return F.dropout(x, rate)
+    words = torch.arange((count + 3) // 4, dtype=torch.int64) * _STEP + torch.randint(-(2**62), 2**62, ())
+    for factor in (_FIRST, _SECOND):
+        words = (words ^ (words >> 30)) * factor
+    lanes = words.view(torch.int16)[:count].view(x.shape)
+    return x * (lanes >= dropped - _LEVELS // 2).to(x.dtype) / kept_share(rate)
 
 
 def _words(count: int, seed: int) -> torch.Tensor:

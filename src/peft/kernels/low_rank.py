@@ -53,7 +53,7 @@ def add_low_rank(
     """
     plain = rate == 0 and no_graph(x, y, a, b)
     if not plain and not by_hand(x, a, b):
-        return _accumulate(y, F.linear(F.dropout(x, rate) if rate > 0 else x, a), b, scale)
+        return _accumulate(y, F.linear(dropout.drop(x, rate) if rate > 0 else x, a), b, scale)
     x, a, b = autocast(x, a, b)
     with without_autocast(x.device.type):
         if plain:
