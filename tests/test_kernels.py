@@ -88,7 +88,7 @@ def test_linear_with_low_rank_gradients(trained, rate):
         assert torch.autograd.gradgradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1e-7])
 @pytest.mark.parametrize("lead", [(7,), (2, 3), (0, 3)])
 @pytest.mark.parametrize(("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
 def test_factors_wider_than_the_layer_are_added_in_their_dtype_and_rounded_once(narrow, wide, lead, rate):

@@ -249,6 +249,6 @@ def _input_gradient(
         return through if weight is None else grad @ weight + through
     base = grad @ weight
     if base.dtype != a.dtype:
-        through = torch.mm(u, a, out=workspace(0, mask)) if mask is not None else u @ a
+        through = torch.mm(u, a, out=workspace(0, base, a.dtype))
         return base.add_(through if mask is None else through.mul_(mask))
     return base.addmm_(u, a) if mask is None else base.addcmul_(torch.mm(u, a, out=workspace(0, base)), mask)

@@ -11,31 +11,31 @@ _LARGEST = 1 << 24
 _buffers = threading.local()
 
 
-def workspace(slot: int, like: torch.Tensor) -> torch.Tensor | None:
+def workspace(slot: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor | None:
     """An uninitialised tensor for ``out=``, in the layout of another one; valid until the next call with this slot in the same thread.
 
     A new tensor's pages come from the system cold, which on the CPU costs more than the arithmetic on a small matrix.
 
     Args:
         slot: Which buffer.
-        like: A tensor of its shape, dtype and device. Where it is a transposed matrix the result is one too: products with it are then
-            the same bit for bit.
+        like: A tensor of its shape and device, and dtype if none is given. Where it is a transposed matrix the result is one too:
+            products with it are then the same bit for bit.
+        dtype: Its dtype.
 
     Returns:
         The tensor, or ``None`` where a graph is recorded, which would refer to it later.
     """
     if torch.is_grad_enabled():
         return None
-    if like.device.type != "cpu":
-        return torch.empty_like(like)
-    part = flat_workspace(slot, like.numel(), like.dtype)
+    dtype = like.dtype if dtype is None else dtype
+    part = flat_workspace(slot, like.numel(), dtype) if like.device.type == "cpu" else None
     if part is None:
-        return torch.empty_like(like)
+        return torch.empty_like(like, dtype=dtype)
     return part.view(like.mT.shape).mT if like.dim() == 2 and like.mT.is_contiguous() else part.view(like.shape)
 
 
 def flat_workspace(slot: int, size: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """The same as a vector on the CPU, or ``None`` where it would be too large too, or empty.
+    """The same as a vector on the CPU; ``None`` also where it would be empty, or too large to be kept for good.
 
     Args:
         slot: Which buffer; there is one for each dtype.
