@@ -106,13 +106,13 @@ def same(got: Any, wanted: Any) -> None:
         pytest.fail("\n".join(found[:12]) + more, pytrace=False)
 
 
-def same_made(lab: Lab, case: Case, section: str) -> None:
-    """Fail unless both saw the same in this section when they made the adapters."""
+def same_made(lab: Lab, case: Case, section: str, steps: int = 1) -> None:
+    """Fail unless both saw the same in this section when they made the adapters, each step adding its roundings."""
     __tracebackhide__ = True
     reports = lab.created(case)
     wanted, got = reports["peer"].get(section), reports["ours"].get(section)
     if "tensors" in reports["peer"].sections[section]:
-        agree(got, wanted, case.tolerance)
+        agree(got, wanted, case.tolerance * steps)
     else:
         same(got, wanted)
 
@@ -262,7 +262,7 @@ def test_outputs_with_the_same_weights(lab: Lab, case: Case) -> None:
 
 @over([case for case in CASES if case.steps])
 def test_training_takes_the_same_steps(lab: Lab, case: Case) -> None:
-    same_made(lab, case, "trained")
+    same_made(lab, case, "trained", case.steps)
 
 
 @over(among(TOGETHER, WRAPPED), "status together")
