@@ -193,8 +193,8 @@ def _seconds(worker: WorkerProcess, subject: str) -> dict[str, float]:
 
 def peak(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     """Peak memory of fresh processes that make two training steps with their optimizer; of some methods in each variant too."""
-    few = [method for method in plan.methods if method.variants]
-    runs = [(plan.options, plan.methods), *((options, few) for options in VARIANTS if few and not plan.options)]
+    few = [method for method in plan.methods if method.variants and not _options_in_words(plan.options)]
+    runs = [(plan.options, plan.methods), *((options, few) for options in VARIANTS if few)]
 
     def measure(shape: Shape, subject: str, options: dict[str, Any], measured: Sequence[Side]) -> dict[str, Any]:
         say(f"{shape.name}{_options_in_words(options)}: peak memory of {subject}")
