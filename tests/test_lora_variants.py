@@ -205,9 +205,9 @@ def test_inside_dora_caching_norms_are_measured_once_and_again_after_a_change(ki
     assert measured[0] == before + 2
 
 
-def plainly(model, x):
+def plainly(model, x, **arguments):
     with DoraCaching(enabled=False):
-        return model(x)
+        return model(x, **arguments)
 
 
 def rescale(model):
@@ -233,12 +233,7 @@ def test_inside_dora_caching_mixed_batches_measure_norms_once(monkeypatch):
         model(x, adapter_names=["other", "default", "plain", "__base__"])  # other groups have other norms
         for slot in ("lora_A", "lora_magnitude_vector"):
             getattr(model.base_model.model.layer, slot)["other"].weight.mul_(2)
-            torch.testing.assert_close(model(x, adapter_names=names), plainly_mixed(model, x, names))
-
-
-def plainly_mixed(model, x, names):
-    with DoraCaching(enabled=False):
-        return model(x, adapter_names=names)
+            torch.testing.assert_close(model(x, adapter_names=names), plainly(model, x, adapter_names=names))
 
 
 def test_doras_dropout_leaves_the_frozen_part_alone():

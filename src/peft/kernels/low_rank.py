@@ -128,8 +128,7 @@ class _LowRank(torch.autograd.Function):
         ctx.shape, ctx.device, ctx.rate = x.shape, x.device, rate
         ctx.scale = scale / dropout.kept_share(rate)  # what dropout keeps is scaled up
         ctx.seed = dropout.draw_seed() if rate > 0 else 0
-        wide = widened(x, a.dtype)
-        t = narrow(a, wide if rate == 0 else _masked(wide, _mask(ctx, a.dtype)))
+        t = narrow(a, _dropped(widened(x, a.dtype), _mask(ctx, a.dtype)))
         base = y if weight is None else F.linear(x, weight, bias)
         assert base is not None
         out = _accumulate(base, t.t(), b, ctx.scale, in_place=base is not y)
@@ -142,11 +141,9 @@ class _LowRank(torch.autograd.Function):
         (grad,) = grads
         kept, t, weight, a, b = ctx.saved_tensors
         x = recompute.from_kept(ctx, kept)
+        mask = _mask(ctx, a.dtype)
         if x is not None:
-            x = widened(x, a.dtype)
-        mask = _mask(ctx, a.dtype) if ctx.rate > 0 else None
-        if mask is not None and x is not None:
-            x = _masked(x, mask)
+            x = _dropped(widened(x, a.dtype), mask)
         flat = grad.reshape(-1, grad.shape[-1])
         low = widened(flat, b.dtype, 1)
         u = narrow((b * ctx.scale).t(), low)
@@ -205,13 +202,13 @@ def low_rank_gradients(
     return grad_a, (narrow(a, x) @ grad).t() * scale
 
 
-def _mask(ctx: Any, dtype: torch.dtype) -> torch.Tensor:
-    return dropout.keep_mask(ctx.shape, ctx.device, ctx.rate, ctx.seed, dtype)
+def _mask(ctx: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    return dropout.keep_mask(ctx.shape, ctx.device, ctx.rate, ctx.seed, dtype) if ctx.rate > 0 else None
 
 
-def _masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """``x ⊙ mask``, which is dead once a product of few rows was made of it."""
-    return torch.mul(x, mask, out=workspace(0, x))
+def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """``x ⊙ mask``, in the workspace: it is dead once a product of few rows was made of it. Without a mask ``x``."""
+    return x if mask is None else torch.mul(x, mask, out=workspace(0, x))
 
 
 def narrow(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
