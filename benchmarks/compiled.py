@@ -17,10 +17,10 @@ from benchmarks.asked import asked
 from benchmarks.methods import FROZEN, Shape
 from benchmarks.worker import Subject
 
-WARM, PAIRS = 3, 15
+WARM = 3
 
 
-def ratios(shape: Shape, name: str) -> tuple[list[float], list[float]]:
+def ratios(shape: Shape, name: str, pairs: int) -> tuple[list[float], list[float]]:
     """Pairs of steps of a method, or of the frozen model: compiled over eager, and the seconds of the compiled ones."""
     torch._dynamo.reset()
     eager = Subject.build(shape, name)
@@ -28,17 +28,17 @@ def ratios(shape: Shape, name: str) -> tuple[list[float], list[float]]:
     compiled.model = torch.compile(eager.model)
     for _ in range(WARM):
         eager.step(), compiled.step()
-    pairs = [(compiled.step()["step"], eager.step()["step"]) for _ in range(PAIRS)]
-    return [ours / plain for ours, plain in pairs], [ours for ours, _ in pairs]
+    found = [(compiled.step()["step"], eager.step()["step"]) for _ in range(pairs)]
+    return [ours / plain for ours, plain in found], [ours for ours, _ in found]
 
 
-def table(shape: Shape, names: list[str]) -> str:
+def table(shape: Shape, names: list[str], pairs: int) -> str:
     """A Markdown table: compiled over eager with its quartiles, and over the frozen model's compiled step."""
     lines = [f"| {shape.name} | compiled / eager | compiled / frozen model, compiled |", "|---|---:|---:|"]
     bound = 0.0
     for name in [FROZEN, *names]:
         print(f"{shape.name}: {name}", file=sys.stderr, flush=True)
-        to_eager, seconds = ratios(shape, name)
+        to_eager, seconds = ratios(shape, name, pairs)
         bound = bound or statistics.median(seconds)
         low, middle, high = statistics.quantiles(to_eager, n=4)
         lines.append(f"| {name} | {middle:.2f} ({low:.2f}–{high:.2f}) | {statistics.median(seconds) / bound:.2f} |")
@@ -47,9 +47,9 @@ def table(shape: Shape, names: list[str]) -> str:
 
 def main() -> None:
     """Measure what the command line names."""
-    shapes, names = asked("benchmarks.compiled", __doc__)
-    for shape in shapes:
-        print(table(shape, names), end="\n\n")
+    options = asked("benchmarks.compiled", __doc__, pairs=(15, "how often each step is measured"))
+    for shape in options.shapes:
+        print(table(shape, options.methods, options.pairs), end="\n\n")
 
 
 if __name__ == "__main__":

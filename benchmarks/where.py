@@ -87,9 +87,9 @@ def table(shape: Shape, names: list[str]) -> str:
 def main() -> None:
     """Profile what the command line names."""
     torch.set_num_threads(1)
-    shapes, names = asked("benchmarks.where", __doc__)
-    for shape in shapes:
-        print(table(shape, names), end="\n\n")
+    options = asked("benchmarks.where", __doc__)
+    for shape in options.shapes:
+        print(table(shape, options.methods), end="\n\n")
 
 
 if __name__ == "__main__":

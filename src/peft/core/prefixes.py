@@ -252,6 +252,10 @@ def attention_with_prefix(
         return output[:, length:], weights
     else:
         mask = _shared_mask(site, queries, keys, length, bool(is_causal), visible, query)
+    if mask is not None and _takes_groups(attend, query, key, kwargs):
+        scale = kwargs.get("scaling")
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
     return attend(module, query, key, value, mask, **kwargs)
 
 
@@ -288,12 +292,26 @@ def _shared_mask(
 
 
 def _spares_mask(module: Any, query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether a mask costs more than queries of no use: it rules out flash kernels, and grouped keys have to be repeated."""
+    """Whether a mask costs more than queries of no use: on a GPU it rules out flash kernels, and grouped keys have to be repeated."""
     grouped = getattr(module, "num_key_value_groups", 1) > 1
     if grouped and query.device.type == "cuda" and query.dtype == torch.float32:
         # Without a mask grouped keys are not repeated, and for fp32 no kernel takes them but the plain one.
         return False
-    return (grouped or query.device.type != "cpu") and kwargs.get("position_bias") is None
+    return query.device.type != "cpu" and kwargs.get("position_bias") is None
+
+
+def _takes_groups(attend: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether torch's kernel takes grouped keys as they are, mask and all, where transformers would repeat them: on a CPU."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return (
+        attend is sdpa_attention_forward
+        and query.device.type == "cpu"
+        and query.shape[1] != key.shape[1]
+        and query.shape[2] > 1
+        and not any(kwargs.get(name) for name in ("dropout", "softcap", "output_attentions"))
+        and kwargs.get("position_bias") is None
+    )
 
 
 def _prefix_bias(site: Site, queries: int, length: int, query: torch.Tensor) -> torch.Tensor:
