@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .prefixes import Site, mask_for
+from .prefixes import Site, in_front, mask_for
 
 
 def attends_through_cache(module: nn.Module) -> bool:
@@ -37,7 +37,7 @@ class _View:
         prefix = self.site.holder.prefix(self.site, key)
         if prefix is None:
             return key, value
-        return torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
+        return in_front(prefix[0], key), in_front(prefix[1], value)
 
 
 class ThroughCache:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..kernels.prefixed_attention import ends_at_prefix, prefixed_attention, takes_groups
 from .prompt_table import MAIN, Where, stack_of, turn
 from .windows import check_flash_window, visible_within, windowed_mask
 
@@ -231,17 +232,20 @@ def attention_with_prefix(
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = kwargs["position_bias"][..., :queries]
     keys = key.shape[2]
-    key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+    kernel = site.config._attn_implementation or "eager"
+    if not kernel.startswith("flash"):
+        visible = visible_within(site, window, key)
+    is_plain = _is_plain(attend, query, attention_mask, kwargs)
+    alone = is_plain and visible is None and prefix_key.shape[0] == 1 and ends_at_prefix(query, key, value, *prefix[:2])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
+        key, value = in_front(prefix_key, key), in_front(prefix_value, value)
     if kwargs.get("position_bias") is not None:
         bias = site.holder.by_length(site, lambda n: _pad_columns(_prefix_bias(site, queries, n, query), length), query)
         rest = kwargs["position_bias"].expand(bias.shape[0], -1, -1, -1)
         kwargs["position_bias"] = torch.cat([bias.to(query.dtype).expand(rest.shape[0], -1, -1, -1), rest], dim=-1)
-    kernel = site.config._attn_implementation or "eager"
     if kernel.startswith("flash"):
         # It counts the window itself, from the last key, and with it what stands before the tokens.
         check_flash_window(site, window, keys + length)
-    else:
-        visible = visible_within(site, window, key)
     if attention_mask is not None:
         mask = _padded_mask(attention_mask, length, visible, query, kwargs.get("position_bias") is None)
     elif visible is None and kernel.startswith("flash"):
@@ -252,8 +256,11 @@ def attention_with_prefix(
         return output[:, length:], weights
     else:
         mask = _shared_mask(site, queries, keys, length, bool(is_causal), visible, query)
-    if mask is not None and _takes_groups(attend, query, key, kwargs):
-        scale = kwargs.get("scaling")
+    scale = kwargs.get("scaling")
+    if alone:
+        return prefixed_attention(query, key, value, prefix_key[0], prefix_value[0], mask, scale), None
+    if mask is not None and queries > 1 and query.shape[1] != key.shape[1] and is_plain and takes_groups():
+        # transformers would repeat keys and values where there is a mask.
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
     return attend(module, query, key, value, mask, **kwargs)
@@ -291,6 +298,11 @@ def _shared_mask(
     )
 
 
+def in_front(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """A prefix, (batch or 1, heads, length, size), before a layer's own keys or values, (batch, heads, keys, size)."""
+    return torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], dim=2)
+
+
 def _spares_mask(module: Any, query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a mask costs more than queries of no use: on a GPU it rules out flash kernels, and grouped keys have to be repeated."""
     grouped = getattr(module, "num_key_value_groups", 1) > 1
@@ -300,17 +312,17 @@ def _spares_mask(module: Any, query: torch.Tensor, kwargs: dict[str, Any]) -> bo
     return query.device.type != "cpu" and kwargs.get("position_bias") is None
 
 
-def _takes_groups(attend: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether torch's kernel takes grouped keys as they are, mask and all, where transformers would repeat them: on a CPU."""
+def _is_plain(attend: Callable[..., Any], query: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether transformers would do no more than call torch's kernel for the CPU."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return (
         attend is sdpa_attention_forward
         and query.device.type == "cpu"
-        and query.shape[1] != key.shape[1]
-        and query.shape[2] > 1
+        and not getattr(mask, "requires_grad", False)
         and not any(kwargs.get(name) for name in ("dropout", "softcap", "output_attentions"))
         and kwargs.get("position_bias") is None
+        and kwargs.get("cache") is None
     )
 
 

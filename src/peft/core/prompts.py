@@ -264,7 +264,9 @@ class Prompts(BaseTunerLayer):
         return by_rows(plan, x, "a prefix", run)
 
     def prefix(self, site: Site, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """Prefix keys and values of a layer for a batch, (batch, heads, length, size), and which of them each row sees.
+        """Prefix keys and values of a layer, and which of them each row sees.
+
+        They are (batch, heads, length, size), or, where all rows have the same, (1, heads, length, size).
 
         Args:
             site: The layer.
@@ -276,7 +278,7 @@ class Prompts(BaseTunerLayer):
             if not pairs:
                 return None
             keys, values = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*pairs, strict=True))
-            return keys.expand(key.shape[0], -1, -1, -1), values.expand(key.shape[0], -1, -1, -1), None
+            return keys[None], values[None], None
         longest = self.longest(site)
         if longest == 0:
             return None
