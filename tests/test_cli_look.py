@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -119,7 +120,10 @@ def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(recipe, t
     """In the background of a shell Ctrl-C is ignored, by children too; SIGTERM went to the parent alone."""
     out = tmp_path / "stopped"
     args = ["compare", str(recipe), "--methods", "head", "--out", str(out), "epochs=200"]
-    with subprocess.Popen([sys.executable, "-m", "peft", *args], stderr=subprocess.PIPE, text=True) as process:
+    # However the tests were started: what ignores Ctrl-C hands that down.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-m", "peft", *args]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listening) as process:
         deadline = time.monotonic() + 120
         while not any((out / "head-0").glob("checkpoints/*/trainer_state.json")):  # it trains
             assert process.poll() is None and time.monotonic() < deadline
