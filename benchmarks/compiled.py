@@ -15,13 +15,14 @@ import torch
 
 from benchmarks.asked import asked
 from benchmarks.methods import FROZEN, Shape
+from benchmarks.report import Ratio
 from benchmarks.worker import Subject
 
 WARM = 3
 
 
-def ratios(shape: Shape, name: str, pairs: int) -> tuple[list[float], list[float]]:
-    """Pairs of steps of a method, or of the frozen model: compiled over eager, and the seconds of the compiled ones."""
+def seconds_of(shape: Shape, name: str, pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of a method's steps, or the frozen model's, compiled and eager, in pairs."""
     torch._dynamo.reset()
     eager = Subject.build(shape, name)
     compiled = copy.copy(eager)
@@ -29,7 +30,7 @@ def ratios(shape: Shape, name: str, pairs: int) -> tuple[list[float], list[float
     for _ in range(WARM):
         eager.step(), compiled.step()
     found = [(compiled.step()["step"], eager.step()["step"]) for _ in range(pairs)]
-    return [ours / plain for ours, plain in found], [ours for ours, _ in found]
+    return [ours for ours, _ in found], [plain for _, plain in found]
 
 
 def table(shape: Shape, names: list[str], pairs: int) -> str:
@@ -38,10 +39,9 @@ def table(shape: Shape, names: list[str], pairs: int) -> str:
     bound = 0.0
     for name in [FROZEN, *names]:
         print(f"{shape.name}: {name}", file=sys.stderr, flush=True)
-        to_eager, seconds = ratios(shape, name, pairs)
-        bound = bound or statistics.median(seconds)
-        low, middle, high = statistics.quantiles(to_eager, n=4)
-        lines.append(f"| {name} | {middle:.2f} ({low:.2f}–{high:.2f}) | {statistics.median(seconds) / bound:.2f} |")
+        compiled, eager = seconds_of(shape, name, pairs)
+        bound = bound or statistics.median(compiled)
+        lines.append(f"| {name} | {Ratio.of(compiled, eager)} | {statistics.median(compiled) / bound:.2f} |")
     return "\n".join(lines)
 
 

@@ -8,20 +8,14 @@ Each step of a method stands between two of the frozen model, and is divided by 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import sys
 
 from benchmarks.asked import asked
 from benchmarks.methods import FROZEN, Shape
+from benchmarks.report import Ratio
 from benchmarks.worker import Subject
 
 WARM = 3
-
-
-def quartiles(ratios: list[float]) -> str:
-    """The median of ratios with their quartiles, for a table."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.3f} ({low:.3f}–{high:.3f})"
 
 
 def table(shape: Shape, names: list[str], rounds: int, longer: int) -> str:
@@ -32,17 +26,23 @@ def table(shape: Shape, names: list[str], rounds: int, longer: int) -> str:
         stretched = dataclasses.replace(shape, tokens=shape.tokens + longer)
         subjects[f"{FROZEN}, {longer} tokens more"] = Subject.build(stretched, FROZEN)
     subjects |= {name: Subject.build(shape, name) for name in names}
-    ratios: dict[str, list[float]] = {name: [] for name in subjects}
+    steps: dict[str, list[float]] = {name: [] for name in subjects}
+    bounds: dict[str, list[float]] = {name: [] for name in subjects}
     for done in range(-WARM, rounds):
         print(f"{shape.name}: round {done}", file=sys.stderr, flush=True)
         before = bound.step()["step"]
         for name, subject in subjects.items():
             step, after = subject.step()["step"], bound.step()["step"]
             if done >= 0:
-                ratios[name].append(2 * step / (before + after))
+                steps[name].append(step)
+                bounds[name].append((before + after) / 2)
             before = after
     lines = [f"| {shape.name} | step / the frozen model's |", "|---|---:|"]
-    return "\n".join([*lines, *(f"| {name} | {quartiles(found)} |" for name, found in ratios.items())])
+    for name in subjects:
+        ratio = Ratio.of(steps[name], bounds[name])
+        assert ratio is not None
+        lines.append(f"| {name} | {ratio.median:.3f} ({ratio.low:.3f}–{ratio.high:.3f}) |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -101,7 +101,7 @@ class Calls(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__str__()] += 1
+        self.counts[str(func.overloadpacket)] += 1
         return func(*args, **(kwargs or {}))
 
 
