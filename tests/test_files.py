@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -23,6 +25,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.core.files import write_atomically
 from settings import logits, randomise
 
 BASE = tiny.LLAMA
@@ -35,6 +38,30 @@ def saved(tmp_path):
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
     return model, tmp_path / "adapter"
+
+
+def at_once(work, times, threads=8):
+    """Do ``work(thread, round)`` in several threads that start each round together."""
+    start = threading.Barrier(threads, timeout=10)
+
+    def rounds(thread):
+        for number in range(times):
+            start.wait()
+            work(thread, number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(rounds, range(threads)))
+
+
+def test_several_writers_make_the_same_new_folders_and_the_users_permissions_stay(tmp_path):
+    before = os.umask(0o027)
+    try:
+        at_once(lambda t, n: write_atomically(tmp_path / str(n) / "deep", {f"file-{t}": b"x"}), times=100)
+        assert os.umask(0o027) == 0o027
+        files = list(tmp_path.glob("*/deep/*"))
+        assert len(files) == 800 and {f.stat().st_mode & 0o777 for f in files} == {0o640}
+    finally:
+        os.umask(before)
 
 
 def edit(folder, **changes):

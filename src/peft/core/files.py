@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import warnings
@@ -87,8 +88,6 @@ def write_atomically(
     folder = os.fspath(folder) or "."
     if os.path.isfile(folder):
         raise ValueError(f"Provided path ({folder!r}) should be a directory, not a file. Give a folder.")
-    umask = os.umask(0)
-    os.umask(umask)
     written: list[tuple[str, str]] = []
     made: list[str] = []
     try:
@@ -102,13 +101,14 @@ def write_atomically(
             # In a folder of its own: writers make temporary files of their own beside what they write.
             temporary = os.path.join(tempfile.mkdtemp(prefix=f".{leaf}.", suffix=".tmp", dir=parent), leaf)
             written.append((temporary, final))
+            with open(temporary, "wb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # what the user's umask makes of a new file
+                if not callable(content):
+                    file.write(content)
             if callable(content):
                 content(temporary)
-            else:
-                with open(temporary, "wb") as file:
-                    file.write(content)
+                os.chmod(temporary, mode)
             _sync(temporary)
-            os.chmod(temporary, 0o666 & ~umask)
         for temporary, final in written:
             os.replace(temporary, final)
         for name in without:
@@ -133,12 +133,16 @@ def write_atomically(
 
 
 def _make_folders(folder: str, made: list[str]) -> None:
-    """Make a folder and those above it, and note which are new."""
-    if folder and not os.path.isdir(folder):
-        if os.path.lexists(folder):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
-        _make_folders(os.path.dirname(folder), made)
-        os.makedirs(folder, exist_ok=True)
+    """Make a folder and those above it, and note which are new; another process may be making the same ones."""
+    if not folder or os.path.isdir(folder):
+        return
+    _make_folders(os.path.dirname(folder), made)
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
+    else:
         made.append(folder)
 
 
