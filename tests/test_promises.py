@@ -20,6 +20,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.core.checkpoints import training_tensors
 from peft.core.holder import BaseTunerLayer, adapted_modules
 from peft.core.layer import AdapterLayer
+from peft.core.mixed import Groups
 from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, SETTINGS, equal, logits, outputs, own_tensors, randomise
 
 every_case = pytest.mark.parametrize(("setting", "base"), CASES, ids=IDS)
@@ -838,3 +839,25 @@ def test_layers_do_not_loop_over_the_adapters_of_a_mixed_batch(setting):
 
     # Sorting the rows costs something for each adapter, once for all layers: as much in a model of one layer.
     assert growth() == growth(layers_to_transform=[0])
+
+
+def test_adapters_are_laid_side_by_side_once_a_generation_and_for_single_calls_in_memory_that_layers_share(monkeypatch):
+    laid = []
+    monkeypatch.setattr(Groups, "lay", lambda *a, lay=Groups.lay: laid.append(lay(*a)) or laid[-1])
+    setting = next(s for s in SETTINGS if s.name == "lora")
+    model = setting.model(tiny.LLAMA).eval()
+    model.add_adapter("other", setting.make(tiny.LLAMA))
+    inputs, names = tiny.LLAMA.inputs(rows=2), ["default", "other"]
+
+    def generate(tokens):
+        laid.clear()
+        model.generate(**inputs, adapter_names=names, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        return len(laid), len({t.data_ptr() for t in laid})
+
+    layers = sum(isinstance(m, AdapterLayer) for m in model.modules())
+    assert generate(2) == generate(6) == (2 * layers, 2 * layers)
+    with torch.no_grad():
+        for _ in range(2):  # the memory has its size after the first call
+            laid.clear()
+            model(**inputs, adapter_names=names)
+    assert (len(laid), len({t.data_ptr() for t in laid})) == (2 * layers, 2)

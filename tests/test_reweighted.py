@@ -263,7 +263,8 @@ def copy_with_plain_operations(model, x, trained):
 def test_stacked_products_are_those_of_each_adapter():
     x = torch.randn(3, 5, COLUMNS)
     factors = [torch.randn(3, *shape) for shape in RULES["hadamard"][1]]
-    found = hadamard_stacked(x, *factors)
+    w1_a, w1_b, w2_a, w2_b = factors
+    found = hadamard_stacked(x, w1_a, w1_b, w2_a.mT.contiguous(), w2_b)
     expected = torch.stack([x[i] @ hadamard_reference(*(f[i] for f in factors)).T for i in range(3)])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     w1, w2 = torch.randn(3, 3, 2), torch.randn(3, 2, 4)

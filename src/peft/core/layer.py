@@ -319,7 +319,10 @@ class AdapterLayer(BaseTunerLayer):
         assert plan is not None
         if not torch.is_grad_enabled():  # with a graph each adapter's own kernel keeps less
             groups = plan.groups(x, self._where())
-            if groups is not None and (out := self.after_groups(groups, x, y)) is not None:
+            out = None if groups is None else self.after_groups(groups, x, y)
+            if groups is not None:
+                groups.end()
+            if out is not None:
                 return out if out.dtype == y.dtype else out.to(y.dtype)
 
         def changed(names: Names, rows: torch.Tensor | None) -> torch.Tensor:

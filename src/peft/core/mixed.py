@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.workspace import side_by_side
 from .errors import did_you_mean, shorten
 from .flags import FlagIndex
 
 BASE = "__base__"
+_FIRST_SLOT = 16
+"""Of the workspace: kernels, which run while a layer's adapters lie side by side, use those before."""
 
 Names = str | tuple[str, ...]
 """What acts on a row: one adapter, or several together, in order."""
@@ -39,10 +42,14 @@ class Groups:
         rows: Row numbers of each adapter.
         total: Number of all rows.
         device: Where they are.
+        lasting: Whether each layer is called again and again, so that what it makes of its adapters is worth keeping.
     """
 
-    def __init__(self, rows: Mapping[str, torch.Tensor], total: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: Mapping[str, torch.Tensor], total: int, device: torch.device, lasting: bool = False
+    ) -> None:
         self.names = tuple(rows)
+        self.lasting = lasting
         self.size = max(len(index) for index in rows.values())
         self.is_even = len(rows) * self.size <= 2 * total
         """Whether filling smaller groups up costs less than twice the rows."""
@@ -75,11 +82,25 @@ class Groups:
         chosen = values.index_select(0, self.place // self.size)
         return chosen.view(chosen.shape[0], *(1,) * (dims - 2), chosen.shape[-1])
 
+    def lay(self, tensors: Sequence[torch.Tensor], slot: int) -> torch.Tensor:
+        """Tensors of several adapters side by side, (adapters, …), valid as long as what :meth:`once` keeps.
+
+        Args:
+            tensors: Of one shape.
+            slot: A number, other than that of what the layer lays side by side beside it.
+        """
+        return side_by_side(tensors, None if self.lasting else _FIRST_SLOT + slot)
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What a layer makes of its adapters, kept as long as the plan: one call of the model, or all those of one generation."""
+        """What a layer makes of its adapters, kept for all calls of one generation, or else until :meth:`end`."""
         if key not in self.notes:
             self.notes[key] = make()
         return self.notes[key]
+
+    def end(self) -> None:
+        """A layer has done its work."""
+        if not self.lasting:
+            self.notes.clear()
 
 
 class MixedPlan:
@@ -87,7 +108,7 @@ class MixedPlan:
 
     Args:
         names: One adapter per row, or several that act on it together; ``"__base__"`` is the plain model.
-        expands: Whether layers may see each row several times in a row, as generation does with beams.
+        expands: For a generation: layers are called again and again, and may see each row several times in a row, as with beams.
     """
 
     def __init__(self, names: Sequence[Names], *, expands: bool = False) -> None:
@@ -123,7 +144,7 @@ class MixedPlan:
             return None
         key = (x.shape[0], x.device)
         if key not in self._groups:
-            self._groups[key] = Groups(single, x.shape[0], x.device)
+            self._groups[key] = Groups(single, x.shape[0], x.device, lasting=self.expands)
         return self._groups[key] if self._groups[key].is_even else None
 
     def rows(self, x: torch.Tensor, where: str) -> dict[Names, torch.Tensor]:

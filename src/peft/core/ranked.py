@@ -67,11 +67,12 @@ class ScaledLayer(AdapterLayer):
         product = self.kind.mix(base, self.kind.product(base, x, inner), outer) * scale
         return product if y is None else y + product
 
-    def stack(self, names: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
+    def stack(self, names: Sequence[str], groups: Groups) -> tuple[torch.Tensor, ...] | None:
         """Parameters of several adapters side by side, (adapters, …), for mixed batches without a graph.
 
         Args:
             names: The adapters, all on this layer.
+            groups: What lays them side by side.
 
         Returns:
             What :meth:`apply_stack` takes. An adapter of zeros has to do nothing. ``None``: one adapter after the other is to be applied.
@@ -100,7 +101,7 @@ class ScaledLayer(AdapterLayer):
 
         def stack() -> tuple[torch.Tensor, ...] | None:
             names = self.present(groups)
-            found = self.stack(names) if self.kind.is_matrix_product else None
+            found = self.stack(names, groups) if self.kind.is_matrix_product else None
             return None if found is None else tuple(groups.spread(t, names) for t in found)
 
         return groups.once(self, stack)
@@ -222,14 +223,14 @@ class DroppingLayer(ScaledLayer):
         return self.kind.from_matrix(base, rows)
 
 
-def side_by_side(factors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """Factors of several adapters as one tensor, (adapters, …), smaller ones filled up with zeros in one of their dimensions.
+def of_one_size(factors: Sequence[torch.Tensor], dim: int) -> Sequence[torch.Tensor]:
+    """Factors of several adapters, smaller ones filled up with zeros in one of their dimensions.
 
     Args:
         factors: Equal in all dimensions but one.
         dim: Which.
     """
     longest = max(f.shape[dim] for f in factors)
-    if any(f.shape[dim] < longest for f in factors):
-        factors = [pad_to(f, [longest if d == dim else n for d, n in enumerate(f.shape)]) for f in factors]
-    return torch.stack(list(factors))
+    if all(f.shape[dim] == longest for f in factors):
+        return factors
+    return [pad_to(f, [longest if d == dim else n for d, n in enumerate(f.shape)]) for f in factors]

@@ -80,18 +80,19 @@ def khatri_rao_factors(
 
 
 def hadamard_stacked(
-    x: torch.Tensor, w1_a: torch.Tensor, w1_b: torch.Tensor, w2_a: torch.Tensor, w2_b: torch.Tensor
+    x: torch.Tensor, w1_a: torch.Tensor, w1_b: torch.Tensor, w2_a_t: torch.Tensor, w2_b: torch.Tensor
 ) -> torch.Tensor:
     """Several products of :func:`hadamard`, each with a few vectors of its own: ``((w1_a w1_b) ⊙ (w2_a w2_b)) x``.
 
     With T = (w1_b ⊙ x) w2_bᵀ, of shape (r, r), an output is ``Σ_q w2_a[o, q] (w1_a T)[o, q]``. It costs as many operations as going
-    through :func:`khatri_rao_factors`, and reads the factors as they are, r times less than those.
+    through :func:`khatri_rao_factors`, and reads the factors as they are, r times less than those. One of them is wanted transposed, so
+    that all passes over elements run along rows.
 
     Args:
         x: (products, vectors, columns).
         w1_a: (products, rows, r).
         w1_b: (products, r, columns).
-        w2_a: (products, rows, r).
+        w2_a_t: (products, r, rows).
         w2_b: (products, r, columns).
 
     Returns:
@@ -100,9 +101,9 @@ def hadamard_stacked(
     products, vectors, _ = x.shape
     r = w1_b.shape[1]
     t = torch.bmm((x.unsqueeze(2) * w1_b.unsqueeze(1)).flatten(1, 2), w2_b.mT)  # (products, vectors · r, r)
-    t = t.view(products, vectors, r, r).permute(0, 2, 1, 3).reshape(products, r, vectors * r)
-    y = torch.bmm(w1_a, t).view(products, -1, vectors, r)
-    return (y * w2_a.unsqueeze(2)).sum(3).mT
+    t = t.view(products, vectors, r, r).permute(0, 3, 1, 2).reshape(products, r * vectors, r)
+    y = torch.bmm(t, w1_a.mT).view(products, r, vectors, -1)
+    return y.mul_(w2_a_t.unsqueeze(2)).sum(1)
 
 
 class Hadamard(Rule):

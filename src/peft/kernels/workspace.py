@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 
@@ -53,6 +54,25 @@ def flat_workspace(slot: int, size: int, dtype: torch.dtype) -> torch.Tensor | N
             buffer = torch.empty(size, dtype=dtype)
         setattr(_buffers, key, buffer)
     return buffer[:size]
+
+
+def side_by_side(tensors: Sequence[torch.Tensor], slot: int | None) -> torch.Tensor:
+    """Tensors of one shape as one, (n, …).
+
+    Args:
+        tensors: The tensors.
+        slot: Which buffer they are put into; ``None`` for memory of their own.
+    """
+    first = tensors[0]
+    if (
+        slot is None
+        or first.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or len({t.dtype for t in tensors}) > 1
+    ):
+        return torch.stack(list(tensors))
+    part = flat_workspace(slot, len(tensors) * first.numel(), first.dtype)
+    return torch.stack(list(tensors), out=None if part is None else part.view(len(tensors), *first.shape))
 
 
 def widened(x: torch.Tensor, dtype: torch.dtype, slot: int = 0) -> torch.Tensor:

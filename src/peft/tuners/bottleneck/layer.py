@@ -254,8 +254,8 @@ class BottleneckLayer(AdapterLayer):
     def _stack(self, groups: Groups, names: Sequence[str]) -> list[torch.Tensor]:
         """Both projections of several adapters with their biases, (groups, …), those of W_up scaled; zeros for absent adapters."""
         if names[0] in self.bottleneck_down:
-            down = torch.stack([self.bottleneck_down[name].weight for name in names])
-            up = torch.stack([self.bottleneck_up[name].weight for name in names])
+            down = groups.lay([self.bottleneck_down[name].weight for name in names], 0)
+            up = groups.lay([self.bottleneck_up[name].weight for name in names], 1)
         else:
             factors = ([self._phm_factors(way, name) for name in names] for way in ("down", "up"))
             down, up = (_side_by_side(f) for f in factors)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...config import PeftType, WeightConfig
+from ...core.mixed import Groups
 from ...core.ranked import DroppingLayer
 from ...core.tuner import BaseTuner
 from ...kernels.hadamard import Hadamard, factors_are_cheaper, hadamard, hadamard_stacked, khatri_rao_factors
@@ -123,17 +124,19 @@ class LoHaLayer(DroppingLayer):
             return None
         return low_rank_linear(x, weight, bias, *khatri_rao_factors(*factors), self.scaling[name], memo=self.memo)
 
-    def stack(self, names: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
+    def stack(self, names: Sequence[str], groups: Groups) -> tuple[torch.Tensor, ...] | None:
         if any(self.drops(name) for name in names) or len({self.r[name] for name in names}) > 1:
             return None
-        slots = (getattr(self, slot) for slot in self.parameter_slots[:4])
-        w1_a, *others = (torch.stack([slot[name] for name in names]) for slot in slots)
-        return w1_a * w1_a.new_tensor([self.scaling[name] for name in names])[:, None, None], *others
+        slots = enumerate(getattr(self, slot) for slot in self.parameter_slots[:4])
+        w1_a, w1_b, w2_a, w2_b = (groups.lay([slot[name] for name in names], number) for number, slot in slots)
+        scales = w2_a.new_tensor([self.scaling[name] for name in names])[:, None, None]
+        return w1_a, w1_b, torch.mul(w2_a.mT, scales, out=w2_a.new_empty(w2_a.mT.shape)), w2_b
 
     def apply_stack(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
         if x.shape[1] <= stack[0].shape[2]:
             return hadamard_stacked(x, *stack)
-        return super().apply_stack(khatri_rao_factors(*stack), x)
+        w1_a, w1_b, w2_a_t, w2_b = stack
+        return super().apply_stack(khatri_rao_factors(w1_a, w1_b, w2_a_t.mT, w2_b), x)
 
     def _factors_pay(self, name: str, x: torch.Tensor) -> bool:
         """Whether it is cheaper to apply the update than to build ΔW for this input."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...config import PeftType, WeightConfig
+from ...core.mixed import Groups
 from ...core.ranked import DroppingLayer
 from ...core.tuner import BaseTuner
 from ...kernels.kronecker import add_kronecker, kronecker_linear, kronecker_stacked
@@ -166,16 +167,16 @@ class LoKrLayer(DroppingLayer):
             return None
         return kronecker_linear(x, weight, bias, w1, inner, outer, self.scaling[name], self.memo)
 
-    def stack(self, names: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
+    def stack(self, names: Sequence[str], groups: Groups) -> tuple[torch.Tensor, ...] | None:
         if any(self.drops(name) for name in names):
             return None
         factors = [self.factors(name) for name in names]
         if len({(w1.shape, outer.shape, inner is None) for w1, inner, outer in factors}) > 1:
             return None
-        w1, w2 = torch.stack([w1 for w1, *_ in factors]), torch.stack([outer for *_, outer in factors])
+        w1, w2 = groups.lay([w1 for w1, *_ in factors], 0), groups.lay([outer for *_, outer in factors], 1)
         inner = [inner for _, inner, _ in factors if inner is not None]
         if inner:
-            w2 = w2 @ torch.stack(inner)
+            w2 = w2 @ groups.lay(inner, 2)
         return w1 * w1.new_tensor([self.scaling[name] for name in names])[:, None, None], w2
 
     def apply_stack(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from ...core.kinds import has_plain_weight
 from ...core.layer import AdapterLayer
 from ...core.mixed import Groups
-from ...core.ranked import ScaledLayer, side_by_side
+from ...core.ranked import ScaledLayer, of_one_size
 from ...kernels.combining import pad_to
 from ...kernels.low_rank import add_low_rank
 from .dora import DORA
@@ -181,12 +181,12 @@ class LoraLayer(ScaledLayer):
     def whole(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         return None if self.lora_bias[name] else self.variant(name).whole(self, name, x, weight, bias)
 
-    def stack(self, names: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
+    def stack(self, names: Sequence[str], groups: Groups) -> tuple[torch.Tensor, ...] | None:
         if self.training and any(type(self.lora_dropout[name]) is not nn.Identity for name in names):
             return None
         inner, outer, scales = zip(*(self.scaled_factors(name) for name in names), strict=True)
-        stacked = side_by_side(outer, 1)
-        return side_by_side(inner, 0), stacked.mul_(stacked.new_tensor(scales)[:, None, None])
+        stacked = groups.lay(of_one_size(outer, 1), 1)
+        return groups.lay(of_one_size(inner, 0), 0), stacked.mul_(stacked.new_tensor(scales)[:, None, None])
 
     def after_groups(self, groups: Groups, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
         names = self.present(groups)
