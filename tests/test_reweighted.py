@@ -13,11 +13,12 @@ from benchmarks.saved_bytes import saved_by_node
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.helpers import recompute_inputs
 from peft.kernels import modes
+from peft.kernels.dropout import draw_seed, keep_mask, kept_share
 from peft.kernels.hadamard import Hadamard, hadamard_reference, hadamard_stacked
 from peft.kernels.kronecker import Kronecker, kronecker_stacked
 from peft.kernels.linear import Source, linear
 from peft.kernels.low_rank import LowRank, low_rank_linear
-from peft.kernels.magnitude import Magnitude
+from peft.kernels.magnitude import Magnitude, magnitude_linear
 from peft.kernels.recompute import Memo
 from peft.kernels.reweighted import may_reweight, reweighted_linear
 from peft.kernels.scaling import scaled_linear
@@ -98,6 +99,73 @@ def test_second_derivatives_with_magnitudes_are_those_of_the_formula():
     for _ in range(2):
         found = second(lambda: reweighted_linear(rule, x, weight, bias, factors, memo))
         torch.testing.assert_close(found, expected)
+
+
+# -- magnitudes without the changed weight -----------------------------------------------------------------------------
+
+
+def unbuilt_reference(x, weight, bias, a, b, m, mask=None):
+    norms = (weight + SCALE * b @ a).norm(dim=1).detach()
+    update = F.linear(F.linear(x if mask is None else x * mask, a), b) * SCALE
+    return (F.linear(x, weight) + update) * (m / norms) + (0 if bias is None else bias)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["", "without bias"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("producer", [lambda x: x, F.gelu], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("rate", [0.0, 0.3], ids=["", "dropout"])
+def test_magnitudes_over_products_equal_the_formula_with_all_gradients(bias, transposed, producer, rate):
+    _, x, weight, offset, factors, _ = operands("magnitude", transposed=transposed)
+    offset = offset if bias else None
+    leaves, memo = [x, *factors, *([offset] if bias else [])], Memo()
+    for step in range(3):  # the first step watches what becomes of the output
+        torch.manual_seed(step)
+        found = magnitude_linear(producer(x), weight, offset, *factors, SCALE, rate, memo)
+        torch.manual_seed(step)
+        mask = None
+        if rate > 0:
+            mask = keep_mask(x.shape, x.device, rate, draw_seed(), x.dtype) / kept_share(rate)
+            assert {0.0} < set(mask.unique().tolist())
+        expected = unbuilt_reference(producer(x), weight, offset, *factors, mask)
+        torch.testing.assert_close(found, expected)
+
+        def second(y):
+            first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+            return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
+
+        create_graph = step == 1
+        take = second if create_graph else lambda y: torch.autograd.grad(y.sin().sum(), leaves)
+        torch.testing.assert_close(take(found), take(expected))
+
+
+def test_magnitudes_in_half_precision_are_rounded_once_and_keep_nothing_wide():
+    torch.manual_seed(0)
+    tokens = torch.randn(64, 32).bfloat16().requires_grad_()
+    weight, bias = torch.randn(48, 32).bfloat16(), torch.randn(48).bfloat16()
+    a, b, m = make(4, 32, dtype=torch.float32), make(48, 4, dtype=torch.float32), make(48, dtype=torch.float32)
+    y = magnitude_linear(tokens, weight, bias, a, b, m, SCALE)
+    assert y.dtype == torch.bfloat16
+    kept = saved_by_node(y.sum(), exclude=[weight, bias, a, b, m])["_MagnitudeLinearBackward"]
+    assert kept == (tokens.numel() + y.numel()) * 2 + (4 * 64 + 48) * 4  # x, y, x aᵀ and norms
+    wide = [t.detach().double().requires_grad_() for t in (tokens, a, b, m)]
+    expected = unbuilt_reference(wide[0], weight.double(), bias.double(), *wide[1:])
+    exact = torch.autograd.grad(expected.square().sum(), wide)
+    torch.testing.assert_close(y.double(), expected, atol=4e-2, rtol=1e-2)
+    found = torch.autograd.grad(y.float().square().sum(), (tokens, a, b, m))
+    for g, e in zip(found, exact, strict=True):
+        assert (g.double() - e).norm() < 0.01 * e.norm()
+
+
+def test_magnitudes_leave_plain_operations_what_is_theirs():
+    _, x, weight, bias, factors, _ = operands("magnitude", dtype=torch.float32)
+    take = lambda: magnitude_linear(x, weight, bias, *factors, SCALE)  # noqa: E731
+    assert take() is not None
+    with torch.no_grad():
+        assert take() is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert take() is None
+    weight.requires_grad_()
+    assert take() is None
 
 
 @every_rule

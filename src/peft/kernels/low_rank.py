@@ -128,7 +128,7 @@ class _LowRank(torch.autograd.Function):
         ctx.shape, ctx.device, ctx.rate = x.shape, x.device, rate
         ctx.scale = scale / dropout.kept_share(rate)  # what dropout keeps is scaled up
         ctx.seed = dropout.draw_seed() if rate > 0 else 0
-        t = narrow(a, _dropped(widened(x, a.dtype), _mask(ctx, a.dtype)))
+        t = narrow(a, dropped(widened(x, a.dtype), keep_mask(ctx, a.dtype)))
         base = y if weight is None else F.linear(x, weight, bias)
         assert base is not None
         out = _accumulate(base, t.t(), b, ctx.scale, in_place=base is not y)
@@ -141,9 +141,9 @@ class _LowRank(torch.autograd.Function):
         (grad,) = grads
         kept, t, weight, a, b = ctx.saved_tensors
         x = recompute.from_kept(ctx, kept)
-        mask = _mask(ctx, a.dtype)
+        mask = keep_mask(ctx, a.dtype)
         if x is not None:
-            x = _dropped(widened(x, a.dtype), mask)
+            x = dropped(widened(x, a.dtype), mask)
         flat = grad.reshape(-1, grad.shape[-1])
         low = widened(flat, b.dtype, 1)
         u = narrow((b * ctx.scale).t(), low)
@@ -157,7 +157,7 @@ class _LowRank(torch.autograd.Function):
                 t = narrow(a, x)
             grad_b = (t @ low).t() * ctx.scale
         if ctx.needs_input_grad[0]:  # last: it may use the memory in which what is left of x lies
-            grad_x = _input_gradient(flat, u.t(), weight, a, mask).view(ctx.shape)
+            grad_x = input_gradient(flat, u.t(), weight, a, mask).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             grad_y = grad
         if ctx.needs_input_grad[3]:
@@ -202,11 +202,11 @@ def low_rank_gradients(
     return grad_a, (narrow(a, x) @ grad).t() * scale
 
 
-def _mask(ctx: Any, dtype: torch.dtype) -> torch.Tensor | None:
+def keep_mask(ctx: Any, dtype: torch.dtype) -> torch.Tensor | None:
     return dropout.keep_mask(ctx.shape, ctx.device, ctx.rate, ctx.seed, dtype) if ctx.rate > 0 else None
 
 
-def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """``x ⊙ mask``, in the workspace: it is dead once a product of few rows was made of it. Without a mask ``x``."""
     return x if mask is None else torch.mul(x, mask, out=workspace(0, x))
 
@@ -236,7 +236,7 @@ def _accumulate(
     return torch.addmm(flat, low, b.t(), alpha=scale).view(y.shape)
 
 
-def _input_gradient(
+def input_gradient(
     grad: torch.Tensor, u: torch.Tensor, weight: torch.Tensor | None, a: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """``grad W + mask ⊙ (u a)``, shape (tokens, in_features); without the first part where there is no ``weight``."""

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...core.kinds import has_plain_weight
-from ...core.layer import AdapterLayer
-from ...kernels.magnitude import Magnitude
+from ...core.layer import HALF, AdapterLayer
+from ...kernels.magnitude import Magnitude, magnitude_linear
 from ...kernels.reweighted import may_reweight, reweighted_linear
 from .variants import Plain
 
@@ -118,12 +118,14 @@ class Dora(Plain):
         a, b, scale = layer.scaled_factors(name)
         magnitude = layer.lora_magnitude_vector[name].weight.flatten()
         dropped, rate = layer.dropout_of(name, x)
-        # The kernel divides by the magnitudes, and looking for zeros among them is free on the CPU alone.
-        if rate > 0 or dropped is not x or x.device.type != "cpu" or not bool(magnitude.detach().all()):
+        # The kernels divide by the magnitudes, and looking for zeros among them is free on the CPU alone.
+        if dropped is not x or x.device.type != "cpu" or not bool(magnitude.detach().all()):
             return None
-        if not may_reweight(x, weight, (a, b, magnitude), few=True):
+        if rate == 0 and may_reweight(x, weight, (a, b, magnitude), few=True):
+            return reweighted_linear(Magnitude(scale), x, weight, bias, (a, b, magnitude), layer.memo)
+        if a.dtype in HALF or not layer.fits(x, weight, a, b, magnitude):
             return None
-        return reweighted_linear(Magnitude(scale), x, weight, bias, (a, b, magnitude), layer.memo)
+        return magnitude_linear(x, weight, bias, a, b, magnitude, scale, rate, layer.memo)
 
     def scale_groups(self, layer: LoraLayer, groups: Groups, names: set[str], y: torch.Tensor) -> torch.Tensor:
         """The output of a mixed batch, scaled in the rows of these adapters.
