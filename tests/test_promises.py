@@ -21,6 +21,7 @@ from peft.core.checkpoints import training_tensors
 from peft.core.holder import BaseTunerLayer, adapted_modules
 from peft.core.layer import AdapterLayer
 from peft.core.mixed import Groups
+from peft.core.ranked import ScaledLayer
 from settings import CASES, IDS, ONE_EACH, ONE_EACH_IDS, SETTINGS, equal, logits, outputs, own_tensors, randomise
 
 every_case = pytest.mark.parametrize(("setting", "base"), CASES, ids=IDS)
@@ -839,6 +840,23 @@ def test_layers_do_not_loop_over_the_adapters_of_a_mixed_batch(setting):
 
     # Sorting the rows costs something for each adapter, once for all layers: as much in a model of one layer.
     assert growth() == growth(layers_to_transform=[0])
+
+
+@pytest.mark.parametrize("setting", [s for s in GROUPED if s.name in ("lora", "dora", "lokr")], ids=lambda s: s.name)
+def test_rows_that_move_to_their_adapters_and_adapters_that_move_to_their_rows_meet_alike(setting, monkeypatch):
+    model = setting.model(tiny.LLAMA)
+    model.add_adapter("other", setting.make(tiny.LLAMA))
+    randomise(model, "default", 1)
+    randomise(model, "other", 2)
+    inputs, names = tiny.LLAMA.inputs(rows=5), ["default", "other", "other", "default", "other"]
+    outputs = []
+    for moves in (True, False):
+        asked = []
+        monkeypatch.setattr(ScaledLayer, "moves_factors", lambda *a, moves=moves, asked=asked: asked.append(a) or moves)
+        with torch.no_grad():
+            outputs.append(model(**inputs, adapter_names=names).logits)
+        assert asked
+    torch.testing.assert_close(*outputs)
 
 
 def test_adapters_are_laid_side_by_side_once_a_generation_and_for_single_calls_in_memory_that_layers_share(monkeypatch):

@@ -59,6 +59,8 @@ class Groups:
             padded[number, : len(index)] = index
             place[index] = torch.arange(len(index), device=device) + number * self.size
         self.padded, self.place = padded.flatten(), place
+        self.number = place // self.size
+        """Of each row: which group it is in."""
         self.notes: dict[Any, Any] = {}
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +81,7 @@ class Groups:
 
     def of_rows(self, values: torch.Tensor, dims: int) -> torch.Tensor:
         """For each row what its group has, (groups, features), shaped to broadcast against rows of so many dimensions."""
-        chosen = values.index_select(0, self.place // self.size)
+        chosen = values.index_select(0, self.number)
         return chosen.view(chosen.shape[0], *(1,) * (dims - 2), chosen.shape[-1])
 
     def lay(self, tensors: Sequence[torch.Tensor], slot: int) -> torch.Tensor:

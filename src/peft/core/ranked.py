@@ -92,6 +92,16 @@ class ScaledLayer(AdapterLayer):
         inner, outer = stack
         return torch.bmm(torch.bmm(x, inner.mT), outer.mT)
 
+    def moves_factors(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor, y: torch.Tensor) -> bool:
+        """Whether giving each row of a mixed batch a copy of its adapter moves less memory than sorting the rows by adapter.
+
+        Args:
+            stack: What :meth:`stack` gave.
+            x: The layer's input, (rows, …, in_features).
+            y: Its output.
+        """
+        return x.shape[0] * sum(t[0].numel() for t in stack) <= x.numel() + y.numel()
+
     def present(self, groups: Groups) -> list[str]:
         """Those adapters of a mixed batch that are on this layer."""
         return groups.once((self, "present"), lambda: [name for name in groups.names if self.has_adapter(name)])
@@ -110,8 +120,13 @@ class ScaledLayer(AdapterLayer):
         stacked = self.stacked(groups)
         if stacked is None:
             return None
-        parts = groups.split(self.cast_input(x, stacked[0].dtype))
-        return y + groups.join(self.apply_stack(stacked, parts), y.shape)
+        x = self.cast_input(x, stacked[0].dtype)
+        if x.dim() > 2 and self.moves_factors(stacked, x, y):
+            own = tuple(t.index_select(0, groups.number) for t in stacked)
+            update = self.apply_stack(own, x.flatten(1, -2)).view(y.shape)
+        else:
+            update = groups.join(self.apply_stack(stacked, groups.split(x)), y.shape)
+        return update.add_(y) if torch.promote_types(update.dtype, y.dtype) == update.dtype else y + update
 
     # -- scaling at run time ---------------------------------------------------------------------------------------
 

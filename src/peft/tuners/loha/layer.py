@@ -138,6 +138,9 @@ class LoHaLayer(DroppingLayer):
         w1_a, w1_b, w2_a_t, w2_b = stack
         return super().apply_stack(khatri_rao_factors(w1_a, w1_b, w2_a_t.mT, w2_b), x)
 
+    def moves_factors(self, stack: tuple[torch.Tensor, ...], x: torch.Tensor, y: torch.Tensor) -> bool:
+        return False  # what is made of them is many times larger
+
     def _factors_pay(self, name: str, x: torch.Tensor) -> bool:
         """Whether it is cheaper to apply the update than to build ΔW for this input."""
         tokens = x.numel() if self.kind.takes_indices else x.numel() // self.in_features
