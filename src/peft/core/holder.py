@@ -51,7 +51,13 @@ class BaseTunerLayer(nn.Module):
 
     def has_adapter(self, name: str) -> bool:
         """Whether the layer holds this adapter."""
-        return any([name in getattr(self, slot) for slot in self.adapter_layer_names])  # noqa: C419 - a list is twice as fast
+        modules = (
+            self._modules
+        )  # asked of every layer about every row's adapter: attributes and generators take ten times as long
+        for slot in self.adapter_layer_names:  # noqa: SIM110
+            if name in (modules[slot] if slot in modules else getattr(self, slot)):  # type: ignore[operator]
+                return True
+        return False
 
     def adapter_entries(self, name: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
         """Slots of this adapter and what they hold."""

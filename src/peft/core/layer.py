@@ -532,6 +532,13 @@ class AdapterLayer(BaseTunerLayer):
         """
         return value
 
+    def parameter(self, slot: str, name: str) -> Any:
+        """An adapter's parameter in one of ``parameter_slots``, or ``None``; attributes of modules would take several times as long, which
+        shows in mixed batches."""
+        holder: Any = self._modules[slot]
+        found = holder._parameters.get(name)
+        return holder[name] if found is None and name in holder else found
+
     def shared(self, slot: str, name: str) -> nn.Parameter:
         """The parameter of one of ``shared_slots``, wherever it is held; ``PeftError`` if it is sharded apart from this layer."""
         parameter = getattr(self._first.get(name, self), slot)[name]

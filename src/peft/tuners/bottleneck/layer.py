@@ -220,13 +220,12 @@ class BottleneckLayer(AdapterLayer):
 
     def _phm_factors(self, way: str, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The A_i of an adapter, and its B_i or the factors of these."""
-        left = getattr(self, f"bottleneck_phm_{way}_left")[name]
+        left = self.parameter(f"bottleneck_phm_{way}_left", name)
         if name in self.bottleneck_phm_rule:
             rule = self.bottleneck_phm_rule[name][0 if way == "down" else 1]
         else:
             rule = self.shared("bottleneck_phm_shared_rule", name).to(left.device)
-        right = getattr(self, f"bottleneck_phm_{way}_right")
-        return rule, left, right.get(name)
+        return rule, left, self.parameter(f"bottleneck_phm_{way}_right", name)
 
     # -- mixed batches without a graph -------------------------------------------------------------------------------
 

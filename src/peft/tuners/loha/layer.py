@@ -97,10 +97,10 @@ class LoHaLayer(DroppingLayer):
 
     def factors(self, name: str) -> tuple[torch.Tensor, ...]:
         """``w1_a``, ``w1_b``, ``w2_a`` and ``w2_b`` of an adapter, of shapes (rows, r) and (r, columns)."""
-        w1_a, w1_b, w2_a, w2_b = (getattr(self, slot)[name] for slot in self.parameter_slots[:4])
-        if name not in self.hada_t1:
+        w1_a, w1_b, w2_a, w2_b, core_1, core_2 = (self.parameter(slot, name) for slot in self.parameter_slots)
+        if core_1 is None:
             return w1_a, w1_b, w2_a, w2_b
-        return w1_a.mT, tucker(self.hada_t1[name], w1_b), w2_a.mT, tucker(self.hada_t2[name], w2_b)
+        return w1_a.mT, tucker(core_1, w1_b), w2_a.mT, tucker(core_2, w2_b)
 
     def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
         return hadamard(*self.factors(name)) * self.scaling[name]
@@ -127,8 +127,8 @@ class LoHaLayer(DroppingLayer):
     def stack(self, names: Sequence[str], groups: Groups) -> tuple[torch.Tensor, ...] | None:
         if any(self.drops(name) for name in names) or len({self.r[name] for name in names}) > 1:
             return None
-        slots = enumerate(getattr(self, slot) for slot in self.parameter_slots[:4])
-        w1_a, w1_b, w2_a, w2_b = (groups.lay([slot[name] for name in names], number) for number, slot in slots)
+        slots = enumerate(self.parameter_slots[:4])
+        w1_a, w1_b, w2_a, w2_b = (groups.lay([self.parameter(slot, n) for n in names], i) for i, slot in slots)
         scales = w2_a.new_tensor([self.scaling[name] for name in names])[:, None, None]
         return w1_a, w1_b, torch.mul(w2_a.mT, scales, out=w2_a.new_empty(w2_a.mT.shape)), w2_b
 

@@ -133,13 +133,13 @@ class LoKrLayer(DroppingLayer):
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """``w1``, and the factors of ``w2`` as a matrix (out₂, in₂ · prod(kernel_size)): the inner one, if any, and the outer."""
-        w1 = self.lokr_w1[name] if name in self.lokr_w1 else self.lokr_w1_a[name] @ self.lokr_w1_b[name]
-        if name in self.lokr_w2:
-            return w1, None, self.lokr_w2[name].flatten(1)
-        outer, inner = self.lokr_w2_a[name], self.lokr_w2_b[name]
-        if name in self.lokr_t2:
-            return w1, tucker(self.lokr_t2[name], inner), outer.mT
-        return w1, inner, outer
+        w1, w2, core = (self.parameter(slot, name) for slot in ("lokr_w1", "lokr_w2", "lokr_t2"))
+        if w1 is None:
+            w1 = self.parameter("lokr_w1_a", name) @ self.parameter("lokr_w1_b", name)
+        if w2 is not None:
+            return w1, None, w2.flatten(1)
+        outer, inner = self.parameter("lokr_w2_a", name), self.parameter("lokr_w2_b", name)
+        return (w1, inner, outer) if core is None else (w1, tucker(core, inner), outer.mT)
 
     def delta(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
         w1, inner, outer = self.factors(name)

@@ -211,7 +211,7 @@ class LoraLayer(ScaledLayer):
         Where it is measured against a start (PiSSA, OLoRA) they are those of ``B A − B₀ A₀``, of rank 2r.
         """
         a, b = self.own_factors(name)
-        if name not in self.lora_start:
+        if name not in self._modules["lora_start"]:  # type: ignore[operator]
             return a, b
         start: Any = self.lora_start[name]
         return as_plain(a, b, start.a, start.b)
@@ -220,7 +220,8 @@ class LoraLayer(ScaledLayer):
         """A and B of an adapter as matrices, what they are measured against left in."""
         if self.kind.takes_indices:
             return self.lora_embedding_A[name], self.lora_embedding_B[name]
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        modules: Any = self._modules  # in mixed batches the time that attributes take shows
+        a, b = modules["lora_A"][name].weight, modules["lora_B"][name].weight
         return (a, b) if a.dim() == 2 else (a.flatten(1), b.flatten(1))
 
     def scaled_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
