@@ -26,6 +26,7 @@ class Shape:
         tokens: Tokens of a row.
         attention: The projections that the usual LoRA recipe adapts: query and value.
         package: Of a pretrained model: its name in `benchmarks.pretrained.PACKAGES`. Its own dropout is left as it is.
+        new_tokens: How many a generation adds to each row; 0 for a single call.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Shape:
     tokens: int
     attention: tuple[str, ...]
     package: str = ""
+    new_tokens: int = 0
 
 
 BERT = Shape(
@@ -90,10 +92,13 @@ RANKS = (4, 16, 64, 256)
 LOADED = (4, 15, 30, 60)
 LONG = tuple(replace(BERT, name=f"BERT-like 6×384, batch 1×{length}", batch=1, tokens=length) for length in LENGTHS)
 
-# Mixed batches: 64 rows, each with an adapter of its own choice, of one token (decoding) or of 32 (prefill).
-MIXED = tuple(
-    replace(LLAMA, name=f"Llama-like 8×576, mixed batch {rows}×{tokens}", batch=rows, tokens=tokens)
-    for rows, tokens in ((64, 1), (64, 32))
+# Mixed batches: 64 rows, each with an adapter of its own choice: a call with one token a row, one with 32 (prefill), and a generation.
+MIXED = (
+    *(
+        replace(LLAMA, name=f"Llama-like 8×576, mixed batch {rows}×{tokens}", batch=rows, tokens=tokens)
+        for rows, tokens in ((64, 1), (64, 32))
+    ),
+    replace(LLAMA, name="Llama-like 8×576, 16 tokens for 64 rows", batch=64, tokens=1, new_tokens=16),
 )
 MIXED_COUNTS = (4, 16, 64)
 
@@ -117,6 +122,8 @@ def build_model(shape: Shape) -> Any:
         dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         config = transformers.BertConfig(**shape.sizes, **common, **dropout)
         return transformers.BertModel(config, add_pooling_layer=False)
+    if shape.new_tokens:
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape.sizes, **common | {"use_cache": True}))
     return transformers.LlamaModel(transformers.LlamaConfig(**shape.sizes, **common))
 
 

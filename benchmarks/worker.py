@@ -204,7 +204,7 @@ class Worker:
                 if "adapter_" in name:
                     parameter.normal_(std=0.2)
         self._mixed = model
-        self._rows = torch.randint(1024, (layout.batch, layout.tokens))
+        self._rows, self._new_tokens = torch.randint(1024, (layout.batch, layout.tokens)), layout.new_tokens
         self._names = [f"adapter_{row % adapters}" for row in range(layout.batch)]
         try:
             together = self._batch(adapter_names=self._names)
@@ -220,10 +220,16 @@ class Worker:
 
     @torch.no_grad()
     def _batch(self, **arguments: Any) -> torch.Tensor:
-        return self._mixed(input_ids=self._rows, **arguments).last_hidden_state
+        """Hidden states of a call, (rows, tokens, features), or the last logits of a generation, (rows, vocabulary)."""
+        if not self._new_tokens:
+            return self._mixed(input_ids=self._rows, **arguments).last_hidden_state
+        lengths = dict.fromkeys(("min_new_tokens", "max_new_tokens"), self._new_tokens)
+        told = {"attention_mask": torch.ones_like(self._rows), "pad_token_id": 0, "do_sample": False}
+        kept = {"return_dict_in_generate": True, "output_logits": True}
+        return self._mixed.generate(input_ids=self._rows, **told, **lengths, **kept, **arguments).logits[-1]
 
     def mixed(self) -> dict[str, float]:
-        """Seconds of a batch that takes a single adapter, and of one whose rows take all adapters in turn."""
+        """Seconds of a batch that takes a single adapter, and of one whose rows take all adapters in turn: a call, or a generation."""
         with self._inside() as context:
             for names in ({}, {"adapter_names": self._names}) if context is not None else ():
                 self._batch(**names)  # what the context keeps is made here
