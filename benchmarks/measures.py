@@ -280,7 +280,7 @@ def mixed(plan: Plan, sides: Sequence[Side], say: Say) -> Iterator[Row]:
     with workers(*sides) as pair:
         for shape in MIXED:
             for method in methods:
-                for count in MIXED_COUNTS if method.quick else (16,):
+                for count in MIXED_COUNTS if method.quick and not shape.new_tokens else (16,):
                     say(f"{shape.name}: {count} adapters of {method.name}")
                     row = Row("Mixed batches", f"{shape.name}: {method.name}, {count} adapters", "s", "one adapter")
                     able = [

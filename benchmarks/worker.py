@@ -189,16 +189,22 @@ class Worker:
     def open_mixed(self, shape: str, method: str, adapters: int) -> bool:
         """Builds a model with so many adapters of one method, and tells whether a batch may mix them.
 
-        A side that takes the adapters' names and then computes something else for them counts as not able to.
+        A side that takes the adapters' names and then computes something else for them, or the same for all, counts as not able to.
         """
         torch.manual_seed(SEED)
         layout = find(MIXED, shape)
         row = find((*METHODS, *INFERENCE), method)
-        config = row.config
+
+        def config() -> Any:
+            made = row.config(peft, layout)
+            if layout.new_tokens:
+                made.task_type = "CAUSAL_LM"
+            return made
+
         self._inside = getattr(peft.helpers, row.inside) if row.inside else contextlib.nullcontext
-        model = peft.get_peft_model(build_model(layout), config(peft, layout), adapter_name="adapter_0").eval()
+        model = peft.get_peft_model(build_model(layout), config(), adapter_name="adapter_0").eval()
         for number in range(1, adapters):
-            model.add_adapter(f"adapter_{number}", config(peft, layout))
+            model.add_adapter(f"adapter_{number}", config())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "adapter_" in name:
@@ -210,13 +216,16 @@ class Worker:
             together = self._batch(adapter_names=self._names)
         except (ValueError, TypeError, NotImplementedError):
             return False
+        alone = []
         for row in (0, adapters - 1):
             model.set_adapter(self._names[row])
+            alone.append(self._batch())
             # Prompts give the outputs of their virtual tokens too, in front; in a mixed batch ours do not.
+            own = slice(None) if layout.new_tokens else slice(-layout.tokens, None)
             # Another adapter's outputs differ by whole numbers; roundings grow to thousandths here.
-            if not torch.allclose(together[row, -layout.tokens :], self._batch()[row, -layout.tokens :], atol=2e-2):
+            if not torch.allclose(together[row, own], alone[-1][row, own], atol=2e-2):
                 return False
-        return True
+        return not torch.allclose(*alone, atol=2e-2)
 
     @torch.no_grad()
     def _batch(self, **arguments: Any) -> torch.Tensor:
