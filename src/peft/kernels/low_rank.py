@@ -125,9 +125,7 @@ class _LowRank(torch.autograd.Function):
         rate: float,
         memo: Memo | None,
     ) -> torch.Tensor:
-        ctx.shape, ctx.device, ctx.rate = x.shape, x.device, rate
-        ctx.scale = scale / dropout.kept_share(rate)  # what dropout keeps is scaled up
-        ctx.seed = dropout.draw_seed() if rate > 0 else 0
+        note_dropout(ctx, x, scale, rate)
         t = narrow(a, dropped(widened(x, a.dtype), keep_mask(ctx, a.dtype)))
         base = y if weight is None else F.linear(x, weight, bias)
         assert base is not None
@@ -200,6 +198,13 @@ def low_rank_gradients(
     """
     grad_a = narrow((b * scale).t(), grad) @ x
     return grad_a, (narrow(a, x) @ grad).t() * scale
+
+
+def note_dropout(ctx: Any, x: torch.Tensor, scale: float, rate: float) -> None:
+    """Note in ``ctx`` the product's shape and scale, and what :func:`keep_mask` makes the same mask from in both passes."""
+    ctx.shape, ctx.device, ctx.rate = x.shape, x.device, rate
+    ctx.scale = scale / dropout.kept_share(rate)  # what dropout keeps is scaled up
+    ctx.seed = dropout.draw_seed() if rate > 0 else 0
 
 
 def keep_mask(ctx: Any, dtype: torch.dtype) -> torch.Tensor | None:

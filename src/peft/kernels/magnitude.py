@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from . import dropout, recompute
-from .low_rank import dropped, input_gradient, keep_mask, low_rank_gradients, narrow
+from . import recompute
+from .low_rank import dropped, input_gradient, keep_mask, low_rank_gradients, narrow, note_dropout
 from .modes import by_hand
 from .recompute import Memo
 from .reweighted import Rule, Tensors
@@ -103,9 +103,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         rate: float,
         memo: Memo | None,
     ) -> torch.Tensor:
-        ctx.shape, ctx.device, ctx.rate = x.shape, x.device, rate
-        ctx.scale = scale / dropout.kept_share(rate)  # what dropout keeps is scaled up
-        ctx.seed = dropout.draw_seed() if rate > 0 else 0
+        note_dropout(ctx, x, scale, rate)
         changed = torch.addmm(widened(weight, a.dtype), b, a, alpha=scale, out=workspace(2, weight, a.dtype))
         norms = _row_norms(changed)
         c = m / norms
